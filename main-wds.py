@@ -1,0 +1,827 @@
+#!/usr/bin/env python3
+"""Train a torchvision classifier on ImageNet, read from WebDataset shards. Otherwise this is main-orig.py.
+
+    python main-wds.py --shards ./shards            one process, on the GPU if there is one, else on the CPU
+    python main-wds.py --dataset orig --data DIR    the same from folders, to compare
+    python main-wds.py --gpu 1 -a resnet50          one GPU of several
+    torchrun --nproc-per-node=8 main-wds.py         eight GPUs of this node, a process each
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 main-wds.py         of two
+    python main-wds.py --multiprocessing-distributed           every GPU of this node; without a GPU two CPU processes
+    python main-wds.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://HOST:29500      of two
+    python main-wds.py --resume checkpoint.pth.tar             go on after the last whole epoch
+    python main-wds.py --evaluate --pretrained                 measure a trained network
+    python main-wds.py --dummy                                 find the speed without any data
+
+makeshards.py writes the shards. To see what they take: diff main-orig.py main-wds.py. The forms for two nodes are
+started on each of them, the second with --rank 1 on the other. Each epoch ends with checkpoint.pth.tar.
+"""
+
+import argparse
+import difflib
+import io
+import math
+import os
+import random
+import shutil
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torchvision import datasets, models
+from torchvision.transforms import v2
+
+# isort: split
+# and for the shards:
+import glob
+import json
+import tarfile
+
+import webdataset as wds
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torchvision.io import decode_jpeg
+from webdataset.gopen import set_options
+from webdataset.shardlists import expand_urls
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, red, green, blue, in 0..1
+TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, which --dummy imitates
+NUM_CLASSES = 1000  # outputs of torchvision's classifiers; a dataset may use fewer
+ARCHS = [name for name in models.list_models(module=models) if name not in ("googlenet", "inception_v3")]
+
+
+# ---------------------------------------------------------------------------- options
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Train a torchvision classifier on ImageNet.")
+    parser.error = fail
+    add, count, number = parser.add_argument, at_least(1), at_least(0)
+    add("--dataset", "--loader", choices=LOADERS, default="wds", help="read shards or folders (%(default)s)")
+    add("--data", metavar="DIR", default="./data", help="orig: folder that holds train/ and val/ (%(default)s)")
+    add("--shards", metavar="DIR", default="./shards", help="wds: folder or URL that holds _info.json (%(default)s)")
+    add("--trainshards", metavar="URLS", help="wds: brace pattern, glob or URL, in place of --shards")
+    add("--valshards", metavar="URLS", help="wds: likewise for validation")
+    add("--trainsize", type=count, metavar="N", help="wds: samples in --trainshards, if remote and without an index")
+    add("--valsize", type=count, metavar="N", help="wds: likewise for validation")
+    add("--shuffle", type=number, default=1000, metavar="N", help="wds: samples in a worker's buffer (%(default)s)")
+    add("--augmentation", choices=["full", "simple"], default="full", help="simple: as in validation (%(default)s)")
+    add("--decode", choices=["tensor", "pil"], default="tensor", help="torchvision's decoder or Pillow (%(default)s)")
+    add("--image-size", type=count, default=224, metavar="N", help="pixels a side (%(default)s)")
+    add("-a", "--arch", default="resnet18", help="network, any single-output classifier of torchvision (%(default)s)")
+    add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
+    add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
+    add("--start-epoch", type=number, default=0, metavar="N", help="number of the first epoch (%(default)s)")
+    add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
+    add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
+    add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
+    add("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", metavar="W", help="(%(default)s)")
+    add("-p", "--print-freq", type=count, default=10, metavar="N", help="steps between two lines (%(default)s)")
+    add("--resume", metavar="PATH", help="go on from this checkpoint")
+    add("-e", "--evaluate", action="store_true", help="validate once and stop")
+    add("--pretrained", action="store_true", help="begin with torchvision's trained weights")
+    add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (one)")
+    add("--rank", type=int, default=-1, metavar="N", help="this node's number, from 0")
+    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where the nodes meet (%(default)s)")
+    add("--dist-backend", default="nccl", metavar="NAME", help="%(default)s; without CUDA it becomes gloo")
+    add("--seed", type=number, metavar="N", help="make the run repeatable, at some cost in speed")
+    add("--gpu", type=number, metavar="N", help="use this GPU alone")
+    add("--no-accel", action="store_true", help="use the CPU even where there is a GPU")
+    add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
+    add("--dummy", action="store_true", help="train on noise of ImageNet's size, without any files")
+    args = parser.parse_args()
+    if args.arch not in ARCHS:
+        close = difflib.get_close_matches(args.arch, ARCHS) or ["resnet18", "resnet50"]
+        fail(f"--arch {args.arch}: not a single-output classifier of torchvision; try {', '.join(close)}")
+    if args.world_size > 1 and not 0 <= args.rank < args.world_size:
+        fail(f"--world-size {args.world_size}: give --rank too, from 0 to {args.world_size - 1}")
+    return args
+
+
+def at_least(low):
+    """For argparse: whole numbers from low."""
+
+    def number(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return int(text)
+
+    return number
+
+
+class DataError(Exception):
+    """Data that can't be used; the message names it. It travels from a loading process to the training one."""
+
+
+def fail(message):
+    """Say in one line what is wrong with the user's input, and stop with status 2."""
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# ---------------------------------------------------------------------------- main
+
+
+def main():
+    args = parse_args()
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # torchrun started us
+        rank, local_rank, args.world_size, processes = (
+            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        )
+        args.dist_url = "env://"
+        main_worker(local_rank, rank - local_rank, processes, args)
+    elif args.multiprocessing_distributed:
+        processes = (0 if args.no_accel else torch.accelerator.device_count()) or 2
+        first_rank, args.world_size = max(args.rank, 0) * processes, max(args.world_size, 1) * processes
+        try:
+            mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes)
+        except mp.ProcessExitedException as error:  # it has said why
+            sys.exit(error.exit_code)
+    else:
+        main_worker(0, max(args.rank, 0), 1, args)
+
+
+def main_worker(local_rank, first_rank, processes, args):
+    """One process of the `processes` on this node, whose ranks count from first_rank."""
+    args.rank = first_rank + local_rank
+    args.world_size = max(args.world_size, 1)
+    args.distributed = args.world_size > 1
+    if args.batch_size < processes:
+        fail(f"--batch-size {args.batch_size}: too few for the {processes} processes of this node")
+    args.batch_size //= processes
+    args.workers = math.ceil(args.workers / processes)
+    args.device = pick_device(local_rank, args)
+    if args.distributed:
+        backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
+        dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+    try:
+        run(args)
+    except DataError as error:  # from a loading process it comes with that process's traceback before it
+        fail(str(error).rpartition("DataError: ")[2])
+    if args.distributed:
+        dist.destroy_process_group()
+
+
+def pick_device(local_rank, args):
+    """The accelerator (CUDA, or what else PyTorch finds) number --gpu or local_rank, else the CPU."""
+    if args.no_accel or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else local_rank % count
+    if not 0 <= index < count:
+        fail(f"--gpu {index}: this machine has {count}, numbered from 0")
+    if count > 1:
+        torch.accelerator.set_device_index(index)
+    return torch.device(torch.accelerator.current_accelerator().type, index)
+
+
+# ---------------------------------------------------------------------------- one process's work
+
+
+def run(args):
+    """Train and validate for all epochs, or validate once."""
+    set_seed(args, epoch=-1)
+    say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}' on {args.device}")
+    net = make_model(args).to(args.device)
+    model = net
+    if args.distributed:
+        model = DistributedDataParallel(net, device_ids=None if args.device.type == "cpu" else [args.device])
+    elif args.device.type == "cuda" and args.gpu is None and torch.cuda.device_count() > 1:
+        net = model = DataParallel(net)
+    criterion = nn.CrossEntropyLoss().to(args.device)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
+    best_acc1 = 0.0
+    if args.resume:
+        args.start_epoch, best_acc1 = load_checkpoint(args, net, optimizer, scheduler)
+
+    make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]
+    val_loader = DeviceLoader(make_val_loader(args), args.device)
+    train_loader = None if args.evaluate else DeviceLoader(make_train_loader(args), args.device)
+    if args.evaluate:
+        validate(val_loader, net, criterion, args)
+        return
+    for epoch in range(args.start_epoch, args.epochs):
+        set_seed(args, epoch)
+        if hasattr(train_loader.sampler, "set_epoch"):
+            train_loader.sampler.set_epoch(epoch)
+        train(train_loader, model, criterion, optimizer, epoch, args)
+        acc1 = validate(val_loader, net, criterion, args)
+        scheduler.step()
+        is_best, best_acc1 = acc1 > best_acc1, max(acc1, best_acc1)
+        if args.rank == 0:
+            save_checkpoint(args, net, optimizer, scheduler, epoch + 1, best_acc1, is_best)
+
+
+def set_seed(args, epoch):
+    """With --seed, begin each epoch from a state of its own, so that a resumed run draws what an unbroken one does."""
+    if args.seed is not None:
+        random.seed(f"{args.seed} {epoch} {args.rank}")
+        torch.manual_seed(random.getrandbits(63))
+        torch.backends.cudnn.deterministic = True
+
+
+def say(args, line):
+    """Print a line once, whatever the number of processes."""
+    if args.rank == 0:
+        print(line, flush=True)
+
+
+def make_model(args):
+    """The network --arch with its 1000 outputs; --pretrained takes the weights of torchvision's first recipe."""
+    weights = None
+    if args.pretrained:
+        choices = models.get_model_weights(args.arch)
+        weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+    try:
+        return models.get_model(args.arch, weights=weights)
+    except (OSError, RuntimeError) as error:
+        fail(f"--pretrained: can't load {weights.url} into {torch.hub.get_dir()}/checkpoints: {error}")
+
+
+# ---------------------------------------------------------------------------- loaders
+
+
+def make_train_loader_orig(args):
+    """Batches of DIR/train, in a new order each epoch. Under DDP each rank gets as many samples as any other.
+
+    images: float32 (B, 3, 224, 224), normalised; target: int64 (B).
+    """
+    dataset = open_folder(args, "train")
+    if len(dataset) < args.world_size:
+        fail(f"{args.world_size} ranks but {len(dataset)} training samples: start fewer processes")
+    sampler = DistributedSampler(dataset, seed=args.seed or 0) if args.distributed else None
+    return make_loader(args, dataset, shuffle=sampler is None, sampler=sampler)
+
+
+def make_val_loader_orig(args):
+    """Batches of DIR/val, in order. Under DDP each sample goes to one rank alone, so that nothing counts twice."""
+    dataset = open_folder(args, "val")
+    return make_loader(args, Subset(dataset, range(args.rank, len(dataset), args.world_size)))
+
+
+def make_loader(args, dataset, **order):
+    pin_memory = args.device.type == "cuda"
+    return DataLoader(dataset, args.batch_size, num_workers=args.workers, pin_memory=pin_memory, **order)
+
+
+def open_folder(args, split):
+    """DIR/train or DIR/val as torchvision's ImageFolder, whose classes are the sorted names of the class folders."""
+    transform = make_transform(args, split)
+    if args.dummy:
+        return datasets.FakeData(TRAIN_SIZE if split == "train" else VAL_SIZE, (3, 224, 224), NUM_CLASSES, transform)
+    try:
+        dataset = datasets.ImageFolder(os.path.join(args.data, split), transform, loader=read_file)
+        classes, _ = datasets.folder.find_classes(os.path.join(args.data, "train"))
+    except OSError as error:
+        fail(f"{args.data}: {first_line(error)}; it must hold train/ and val/, each with a folder of images per class")
+    differing = sorted(set(dataset.classes) ^ set(classes))
+    if differing:
+        fail(f"{args.data}: train/ and val/ differ in their class folders, e.g. {', '.join(differing[:5])}")
+    if len(classes) > NUM_CLASSES:
+        fail(f"{args.data}: {len(classes)} class folders, but the network has {NUM_CLASSES} outputs")
+    return dataset
+
+
+def make_transform(args, split):
+    """From (name, bytes) of an image file to what workers hand over. Random for the training split, unless "simple".
+
+    --decode pil: float32 (3, S, S), normalised. --decode tensor: uint8 (S, S, 3), which DeviceLoader normalises.
+    """
+    decode, size = decode_pil if args.decode == "pil" else decode_tensor, args.image_size
+    stages = [decode, v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
+    if split == "train" and args.augmentation == "full":
+        stages = [decode, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    if args.dummy:
+        stages = [v2.CenterCrop(size)]
+    if args.decode == "tensor":
+        return v2.Compose([*stages, v2.PILToTensor(), channels_last])
+    return v2.Compose([*stages, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def read_file(path):
+    try:
+        with open(path, "rb") as file:
+            return path, file.read()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+
+
+def decode_pil(file):
+    """An RGB PIL image from (name, bytes) of an image file. DataError gives the name if Pillow can't read it."""
+    name, data = file
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises nearly anything on broken bytes
+        raise DataError(f"{name}: not a readable image ({first_line(error)})") from error
+
+
+# ---------------------------------------------------------------------------- train, validate
+
+
+def train(train_loader, model, criterion, optimizer, epoch, args):
+    """One epoch. `Data` in the printed lines is the part of `Time` spent waiting for the loader."""
+    batch_time, data_time = Meter("Time", "6.3f"), Meter("Data", "6.3f")
+    losses, top1, top5 = Meter("Loss", ".4e"), Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
+    meters = [batch_time, data_time, losses, top1, top5]
+    model.train()
+    end = time.time()
+    for i, (images, target) in enumerate(train_loader):
+        data_time.update(time.time() - end)
+        images = images.to(args.device, non_blocking=True)
+        target = target.to(args.device, non_blocking=True)
+
+        output = model(images)
+        loss = criterion(output, target)
+        acc1, acc5 = accuracy(output, target)
+        losses.update(loss.detach(), len(images))
+        top1.update(acc1, len(images))
+        top5.update(acc5, len(images))
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        batch_time.update(time.time() - end)
+        end = time.time()
+        if i % args.print_freq == 0:
+            say(args, progress(f"Epoch: [{epoch}]", i + 1, len(train_loader), meters))
+
+
+@torch.no_grad()
+def validate(val_loader, net, criterion, args):
+    """Top-1 accuracy in percent over the samples of all ranks, each counted once.
+
+    Takes the network inside DDP: ranks may have different numbers of batches, and DDP's forward would wait for all.
+    """
+    batch_time = Meter("Time", "6.3f")
+    losses, top1, top5 = Meter("Loss", ".4e"), Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
+    meters = [batch_time, losses, top1, top5]
+    if args.distributed:  # ranks keep running statistics of their own in batch norm; the checkpoint has rank 0's
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+    net.eval()
+    end = time.time()
+    for i, (images, target) in enumerate(val_loader):
+        images = images.to(args.device, non_blocking=True)
+        target = target.to(args.device, non_blocking=True)
+        output = net(images)
+        loss = criterion(output, target)
+        acc1, acc5 = accuracy(output, target)
+        losses.update(loss, len(images))
+        top1.update(acc1, len(images))
+        top5.update(acc5, len(images))
+        batch_time.update(time.time() - end)
+        end = time.time()
+        if i % args.print_freq == 0:
+            say(args, progress("Test: ", i + 1, len(val_loader), meters))
+    if args.distributed:
+        add_up([losses, top1, top5], args.device)
+    say(args, f" * Acc@1 {top1.average:.3f} Acc@5 {top5.average:.3f}")
+    return top1.average
+
+
+@torch.no_grad()
+def accuracy(output, target):
+    """Percentage of samples whose class is the first, and among the first five, of the outputs (B, 1000)."""
+    hits = output.topk(5, dim=1).indices == target[:, None]
+    return 100 * hits[:, 0].float().mean(), 100 * hits.any(dim=1).float().mean()
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best):
+    """Write checkpoint.pth.tar, of which the next epoch is `epoch`. Its state_dict fits the bare torchvision model."""
+    net = net.module if isinstance(net, DataParallel) else net
+    state = {
+        "epoch": epoch,
+        "arch": args.arch,
+        "state_dict": net.state_dict(),
+        "best_acc1": best_acc1,
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+    }
+    torch.save(state, "checkpoint.pth.tar.partial")
+    if is_best:
+        shutil.copyfile("checkpoint.pth.tar.partial", "model_best.pth.tar.partial")
+        os.replace("model_best.pth.tar.partial", "model_best.pth.tar")
+    os.replace("checkpoint.pth.tar.partial", "checkpoint.pth.tar")
+
+
+def load_checkpoint(args, net, optimizer, scheduler):
+    """Fill all three from --resume, ours or pytorch/examples', and return (next epoch, best_acc1)."""
+    net = net.module if isinstance(net, DataParallel) else net
+    try:
+        state = torch.load(args.resume, map_location="cpu", weights_only=True)
+        epoch, arch, best_acc1 = state["epoch"], state["arch"], float(state["best_acc1"])
+        # DataParallel and DDP put "module." before the names, for AlexNet and VGG after their "features."
+        weights = {name.replace("module.", ""): value for name, value in state["state_dict"].items()}
+        others = state["optimizer"], state["scheduler"]
+    except Exception as error:  # torch.load raises nearly anything on a file that is no checkpoint
+        fail(f"--resume {args.resume}: no checkpoint of this script ({first_line(error)})")
+    if arch != args.arch:
+        fail(f"--resume {args.resume}: it holds a {arch}; add --arch {arch}")
+    try:
+        net.load_state_dict(weights)
+        optimizer.load_state_dict(others[0])
+        scheduler.load_state_dict(others[1])
+    except (RuntimeError, ValueError, KeyError) as error:
+        fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
+    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {epoch})")
+    return epoch, best_acc1
+
+
+# ---------------------------------------------------------------------------- meters
+
+
+class Meter:
+    """The last value of a quantity and its average weighted by n. Tensors stay on their device until printed."""
+
+    def __init__(self, name, form):
+        self.name, self.form, self.value, self.sum, self.count = name, form, 0.0, 0.0, 0
+
+    def update(self, value, n=1):
+        self.value = value
+        self.sum += value * n
+        self.count += n
+
+    @property
+    def average(self):
+        return float(self.sum) / max(self.count, 1)
+
+    def __str__(self):
+        return f"{self.name} {float(self.value):{self.form}} ({self.average:{self.form}})"
+
+
+def progress(prefix, i, total, meters):
+    """One printed line; `Epoch: [3][ 10/100]`, then each meter as value (average), tab-separated."""
+    return "\t".join([f"{prefix}[{i:{len(str(total))}}/{total}]", *map(str, meters)])
+
+
+def add_up(meters, device):
+    """Make the meters' averages those over all ranks."""
+    totals = torch.tensor([[float(m.sum), m.count] for m in meters], dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    for meter, (total, count) in zip(meters, totals.tolist(), strict=True):
+        meter.sum, meter.count = total, count
+
+
+# ============================================================================ the shards
+# From here on main-wds.py only adds to main-orig.py: how shards are found, divided, read and made into batches.
+
+INDEX = "_info.json"  # beside the shards, as makeshards.py, timm and the hub's ImageNet shards have it
+IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample; its class ends in cls
+
+
+class DeviceLoader:
+    """A loader whose batches are on the device and normalised, as the training loop of main-orig.py takes them."""
+
+    def __init__(self, loader, device):
+        self.loader, self.device = loader, device
+        self.sampler = loader.dataset if isinstance(loader.dataset, Shards) else loader.sampler
+        self.mean, self.std = (255 * torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (MEAN, STD))
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for images, target in self.loader:
+            if images.dtype == torch.uint8:  # (B, H, W, 3), one byte a channel up to here
+                images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                images = (images - self.mean) / self.std
+            yield images, target
+
+
+def make_train_loader_wds(args):
+    """Batches of the training shards as make_train_loader_orig's are of the folders: as many, and as large."""
+    shards = Shards(args, "train")
+    if sum(shards.lengths) < args.world_size:
+        fail(f"{args.world_size} ranks but {sum(shards.lengths)} training samples: start fewer processes")
+    shards.set_epoch(0)  # from now on the training loop sets it
+    return make_loader_wds(args, shards)
+
+
+def make_val_loader_wds(args):
+    """Batches of the validation shards, in order. Under DDP each sample goes to one rank alone."""
+    return make_loader_wds(args, Shards(args, "val"))
+
+
+def make_loader_wds(args, shards):
+    return DataLoader(  # the workers make the batches, and live on from epoch to epoch
+        shards,
+        batch_size=None,
+        num_workers=args.workers,
+        pin_memory=args.device.type == "cuda",
+        persistent_workers=args.workers > 0,
+    )
+
+
+LOADERS = {
+    "orig": (make_train_loader_orig, make_val_loader_orig),
+    "wds": (make_train_loader_wds, make_val_loader_wds),
+}
+
+
+class Shards(IterableDataset):
+    """One rank's batches of an epoch. In a worker of the DataLoader: that worker's share of them, by plan()."""
+
+    def __init__(self, args, split):
+        self.urls, self.lengths, self.seed = find_shards(args, split)
+        self.rank, self.world_size, self.batch_size = args.rank, args.world_size, args.batch_size
+        self.shuffle, self.transform = args.shuffle, make_transform(args, split)
+        self.epoch = torch.tensor(-1).share_memory_()  # the workers see what the training loop sets; -1 for validation
+
+    def set_epoch(self, epoch):
+        self.epoch.fill_(epoch)
+
+    def pieces(self, worker, num_workers):
+        epoch = None if self.epoch < 0 else int(self.epoch)
+        return plan(self.lengths, epoch, self.seed, self.rank, self.world_size, worker, num_workers, self.batch_size)
+
+    def __len__(self):
+        return math.ceil(sum(last - first for _, first, last in self.pieces(0, 1)) / self.batch_size)
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        pieces = self.pieces(worker, num_workers)
+        stages = [lambda: read_pieces(pieces, self.urls, self.lengths)]
+        if self.epoch >= 0:
+            draws = random.Random(f"{self.seed} {int(self.epoch)} {self.rank} {worker}")
+            torch.manual_seed(draws.getrandbits(63))  # for the augmentation
+            stages.append(wds.shuffle(self.shuffle, rng=draws))  # of undecoded samples: about 100 KB each
+        stages.append(wds.map(self.decode))
+        stages.append(wds.batched(self.batch_size, collation_fn=default_collate))
+        return iter(wds.DataPipeline(*stages))
+
+    def decode(self, sample):
+        """(image, class) from a sample of read_pieces."""
+        name = f"{sample['__url__']}: sample {sample['__key__']}"
+        if not {"image", "cls"} <= sample.keys():
+            raise DataError(f"{name} holds no {'cls' if 'image' in sample else 'image'} file")
+        if not sample["cls"].strip().isdigit() or int(sample["cls"]) >= NUM_CLASSES:
+            raise DataError(f"{name}: its class {sample['cls'][:20]!r} is not one from 0 to {NUM_CLASSES - 1}")
+        return self.transform((name, sample["image"])), int(sample["cls"])
+
+
+def decode_tensor(file):
+    """uint8 (3, H, W), in RGB, from (name, bytes) of an image file. DataError gives the name if nothing can read it.
+
+    Torchvision decodes JPEGs of one or three channels; what else there is (CMYK, PNG, WebP) is left to Pillow.
+    """
+    _, data = file
+    if data.startswith(b"\xff\xd8"):
+        try:
+            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            if image.shape[0] in (1, 3):
+                return image.expand(3, -1, -1)
+        except RuntimeError:  # perhaps Pillow can
+            pass
+    return v2.functional.pil_to_tensor(decode_pil(file))
+
+
+def channels_last(image):
+    """(H, W, 3) from (3, H, W): how the decoder laid it out in memory, and how the batch stays."""
+    return image.permute(1, 2, 0)
+
+
+# ---------------------------------------------------------------------------- who reads what
+
+
+def plan(lengths, epoch, seed, rank, world_size, worker, num_workers, batch_size):
+    """What a worker reads in an epoch: a list of (shard, first, last) in reading order, the samples first <= i < last.
+
+    The shards, in an order drawn from (seed, epoch), lie end to end. Each rank takes an equal stretch of the line, the
+    last one wrapping round to its start; epoch None is validation, in order and without wrapping. Each worker takes
+    a stretch of whole batches out of its rank's. The loader asks the workers in turn for a batch, so the stretch that
+    ends the rank's, with the short batch, goes to the worker whose turn comes last.
+    """
+    order, total = list(range(len(lengths))), sum(lengths)
+    if epoch is None:
+        first, end = total * rank // world_size, total * (rank + 1) // world_size
+    else:
+        random.Random(f"{seed} {epoch}").shuffle(order)
+        share = math.ceil(total / world_size)
+        first = rank * share % total
+        end = first + share
+    batches = math.ceil((end - first) / batch_size)
+    turns = [(batches + i) % num_workers for i in range(num_workers)]  # the workers in the order of their stretches
+    before = turns[: turns.index(worker)]
+    first += batch_size * sum(len(range(w, batches, num_workers)) for w in before)
+    end = min(end, first + batch_size * len(range(worker, batches, num_workers)))
+    pieces, start = [], 0
+    for shard in order + order:  # twice, for the stretch that wraps round
+        piece = (shard, max(first - start, 0), min(end - start, lengths[shard]))
+        if piece[1] < piece[2]:
+            pieces.append(piece)
+        start += lengths[shard]
+    return pieces
+
+
+# ---------------------------------------------------------------------------- finding the shards
+
+
+def find_shards(args, split):
+    """(urls, samples in each, seed), found or drawn by rank 0 and the same on all ranks."""
+    found = [None]
+    try:
+        if args.rank == 0:
+            seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
+            found = [(*list_shards(args, split), seed)]
+    finally:  # the other ranks wait for it, even if rank 0 has failed
+        if args.distributed:
+            dist.broadcast_object_list(found, device=args.device)
+    return found[0] or sys.exit(2)
+
+
+def list_shards(args, split):
+    """(urls, samples in each) of --trainshards or --valshards, else of the index in --shards."""
+    pattern, size = (args.trainshards, args.trainsize) if split == "train" else (args.valshards, args.valsize)
+    if pattern:
+        urls = [name for url in expand_urls(pattern) for name in expand_glob(url)]
+        known = {}
+        for folder in {url[: url.rfind("/") + 1] for url in urls if not url.startswith("pipe:")}:
+            known.update(read_index(folder) or {})
+        lengths = count_samples(urls, known, size, split)
+    else:
+        known = read_index(f"{args.shards}/", "train" if split == "train" else "validation")
+        if known is None:
+            fail(f"--shards {args.shards}: no {INDEX} there; write shards with makeshards.py, or give --{split}shards")
+        urls, lengths = list(known), list(known.values())
+    lost = [url for url in urls if is_local(url) and not os.path.isfile(url)]
+    if lost:
+        fail(f"{lost[0]}: no such shard, though --{split}shards or the index names it")
+    if not sum(lengths):
+        fail(f"{pattern or args.shards}: no samples in its {split} shards")
+    return urls, lengths
+
+
+def is_local(url):
+    return "://" not in url and not url.startswith(("pipe:", "file:"))
+
+
+def expand_glob(url):
+    if not is_local(url) or not glob.has_magic(url):
+        return [url]
+    return sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
+
+
+def read_index(folder, split=None):
+    """{url: samples} of the shards that the folder's index names, in one split or in all; None without an index.
+
+    A name must be that of a file below the index: it is opened, and one like pipe: would be run as a command.
+    """
+    try:
+        index, sizes = read_json(folder + INDEX), read_json(folder + "sizes.json")  # the second is OpenCLIP's
+        known = {} if split or not sizes else sizes
+        splits = index["splits"] if index else {}
+        for entry in [splits[split]] if index and split else splits.values():
+            known.update(zip(entry["filenames"], entry["shard_lengths"], strict=True))
+        for name, length in known.items():
+            if name.startswith("/") or ":" in name or ".." in name.split("/") or int(length) < 0:
+                raise ValueError(f"{name!r}: {length!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(f"{folder}{INDEX}: not an index of shards with names below it ({error!r})")
+    return {folder + name: int(length) for name, length in known.items()} if index or sizes else None
+
+
+def read_json(url):
+    """What the file at the path or URL holds, None if it is not there."""
+    try:
+        with open_stream(url) as stream:
+            return json.loads(stream.read() or "null")
+    except OSError:
+        return None
+
+
+def count_samples(urls, known, size, split):
+    """Samples in each shard: known from an index, else counted where all are local, else equal parts of `size`."""
+    if all(url in known or is_local(url) for url in urls):
+        return [known[url] if url in known else count_shard(url) for url in urls]
+    if size is None:
+        fail(f"{urls[0]}: remote and without an index; give --{split}size, the number of samples in all the shards")
+    each = math.ceil(size / len(urls))
+    return [max(0, min(each, size - i * each)) for i in range(len(urls))]
+
+
+def count_shard(url):
+    """Samples in a local shard, from its headers alone."""
+    try:
+        with open(url, "rb") as stream:
+            return sum(1 for _ in tar_samples(stream, first=sys.maxsize))
+    except (OSError, tarfile.TarError) as error:
+        fail(f"{url}: not a whole shard ({first_line(error)})")
+
+
+# ---------------------------------------------------------------------------- reading the shards
+
+
+def read_pieces(pieces, urls, lengths):
+    """The samples of the plan: {"__url__", "__key__", "image": bytes, "cls": bytes}, none of them decoded."""
+    for shard, first, last in pieces:
+        yield from read_shard(urls[shard], first, last, lengths[shard])
+
+
+def read_shard(url, first, last, length):
+    """The samples first <= i < last of a shard of `length`; DataError if it is broken, or of another length."""
+    found = 0
+    try:
+        with open_stream(url) as stream:
+            for sample in tar_samples(stream, first):
+                found += 1
+                if first < found <= last:
+                    yield {"__url__": url, **sample}
+                if found == last < length:
+                    set_options(stream, ignore_errors=True)  # a command in a pipe: may complain that we hang up
+                    return
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{url}: broken after {found} of its {length} samples ({first_line(error)})") from error
+    if found != length:
+        raise DataError(f"{url}: {found} samples, but {length} were expected by its index")
+
+
+def tar_samples(stream, first):
+    """Each sample of a tar as {"__key__", "image": bytes, "cls": bytes}; of those before number `first`, the key alone.
+
+    A sample is the files, one after the other, that share a name up to the first dot. This is a plain walk from header
+    to header, for tarfile and webdataset's reader on top of it take ten times as long; and it insists on the tar's end
+    mark, where they take a shard that was cut off between two files for a whole one.
+    """
+    sample, number = {}, -1
+    while member := next_file(stream):
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        key, what = folder + slash + stem, "image" if ending.lower() in IMAGES else ending
+        is_data = stem and not stem.startswith("__")  # neither hidden nor webdataset's own
+        if is_data and key != sample.get("__key__"):
+            if sample:
+                yield sample
+            sample, number = {"__key__": key}, number + 1
+        if is_data and number >= first and what in ("image", "cls"):
+            sample[what] = take(stream, member.size)
+        else:
+            skip(stream, member.size)
+    if sample:
+        yield sample
+    while stream.read(1 << 16):  # the padding, so that a command that sends it can end in peace
+        pass
+
+
+def next_file(stream):
+    """The header of the tar's next regular file as tarfile.TarInfo, None at the tar's end."""
+    headers = b""
+    while True:
+        headers += take(stream, 512)
+        try:
+            member = tarfile.TarInfo.frombuf(headers[-512:], "utf-8", "surrogateescape")
+        except tarfile.EOFHeaderError:
+            return None
+        if member.type in b"LKxg":  # the next file's name, where it is too long for that file's own header
+            headers += take(stream, whole_blocks(member.size))
+        elif not member.isreg():  # a folder, a link, a device: none of them is followed by data
+            headers = b""
+        else:
+            if len(headers) > 512:
+                with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as whole:
+                    member = whole.next()
+            if member.size < 0 or member.type == tarfile.GNUTYPE_SPARSE or member.issparse():
+                raise tarfile.ReadError(f"{member.name}: a sparse file, or of no true size")
+            return member
+
+
+def whole_blocks(size):
+    return -(-size // 512) * 512
+
+
+def take(stream, size):
+    """The next size bytes of a tar, and past the padding behind them."""
+    data = stream.read(whole_blocks(size))
+    if len(data) < whole_blocks(size):
+        raise tarfile.ReadError("it ends too early")
+    return data[:size]
+
+
+def skip(stream, size):
+    if isinstance(stream, io.BufferedReader):
+        stream.seek(whole_blocks(size), os.SEEK_CUR)
+    else:
+        take(stream, size)
+
+
+def open_stream(url):
+    """A local file, or what webdataset opens: http(s):, s3:, gs:, pipe: and the like."""
+    return open(url, "rb") if is_local(url) else wds.gopen(url)
+
+
+if __name__ == "__main__":
+    main()
