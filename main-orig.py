@@ -352,10 +352,11 @@ def validate(val_loader, net, criterion, args):
         top5.update(acc5, len(images))
         batch_time.update(time.time() - end)
         end = time.time()
-        if i % args.print_freq == 0:
+        if i % args.print_freq == 0 and i + 1 < len(val_loader):
             say(args, progress("Test: ", i + 1, len(val_loader), meters))
     if args.distributed:
         add_up([losses, top1, top5], args.device)
+    say(args, progress("Test: ", len(val_loader), len(val_loader), meters))  # its averages are those over all ranks
     say(args, f" * Acc@1 {top1.average:.3f} Acc@5 {top5.average:.3f}")
     return top1.average
 

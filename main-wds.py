@@ -44,7 +44,6 @@ import tarfile
 
 import webdataset as wds
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
-from torchvision.io import decode_jpeg
 from webdataset.gopen import set_options
 from webdataset.shardlists import expand_urls
 
@@ -382,10 +381,11 @@ def validate(val_loader, net, criterion, args):
         top5.update(acc5, len(images))
         batch_time.update(time.time() - end)
         end = time.time()
-        if i % args.print_freq == 0:
+        if i % args.print_freq == 0 and i + 1 < len(val_loader):
             say(args, progress("Test: ", i + 1, len(val_loader), meters))
     if args.distributed:
         add_up([losses, top1, top5], args.device)
+    say(args, progress("Test: ", len(val_loader), len(val_loader), meters))  # its averages are those over all ranks
     say(args, f" * Acc@1 {top1.average:.3f} Acc@5 {top5.average:.3f}")
     return top1.average
 
@@ -497,7 +497,7 @@ class DeviceLoader:
     def __iter__(self):
         for images, target in self.loader:
             if images.dtype == torch.uint8:  # (B, H, W, 3), one byte a channel up to here
-                images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
                 images = (images - self.mean) / self.std
             yield images, target
 
@@ -577,12 +577,14 @@ class Shards(IterableDataset):
 def decode_tensor(file):
     """uint8 (3, H, W), in RGB, from (name, bytes) of an image file. DataError gives the name if nothing can read it.
 
-    Torchvision decodes JPEGs of one or three channels; what else there is (CMYK, PNG, WebP) is left to Pillow.
+    Torchvision decodes whole JPEGs of one or three channels. What else there is, CMYK and PNG, broken and cut off, goes
+    to Pillow, and so does everything once torchvision has no decoder: since 0.29 its Python function, though not this
+    operator below it, warns at each call that it will go.
     """
     _, data = file
-    if data.startswith(b"\xff\xd8"):
-        try:
-            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if hasattr(torch.ops.image, "decode_jpeg") and data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9"):
+        try:  # mode 0: the channels as they are; and EXIF's orientation is left alone, as Pillow does
+            image = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, False)
             if image.shape[0] in (1, 3):
                 return image.expand(3, -1, -1)
         except RuntimeError:  # perhaps Pillow can
@@ -753,9 +755,9 @@ def read_shard(url, first, last, length):
 def tar_samples(stream, first):
     """Each sample of a tar as {"__key__", "image": bytes, "cls": bytes}; of those before number `first`, the key alone.
 
-    A sample is the files, one after the other, that share a name up to the first dot. This is a plain walk from header
-    to header, for tarfile and webdataset's reader on top of it take ten times as long; and it insists on the tar's end
-    mark, where they take a shard that was cut off between two files for a whole one.
+    A sample is the files, one after the other, that share a name up to the first dot. This walks from header to header
+    and not through webdataset's reader, because that takes a shard cut off between two files for a whole one, and reads
+    what it is to skip.
     """
     sample, number = {}, -1
     while member := next_file(stream):

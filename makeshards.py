@@ -202,7 +202,7 @@ def is_there(args, index, split, plan):
     if entry is None:
         found = sorted(name for name in there if name.startswith(f"imagenet-{split}-") and name.endswith(".tar"))
         if found:
-            fail(f"--shards {args.shards}: {found[0]} is there but not in its index; take it away or give another --shards")
+            fail(f"--shards {args.shards}: {found[0]} is there without an index; take it away or give another --shards")
         return False
     for key in ("num_samples", "shard_lengths", "source"):
         if entry.get(key) != plan[key]:

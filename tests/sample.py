@@ -37,6 +37,8 @@ SIZES = [  # weight, width, height; about what ImageNet holds
     (4, 320, 240), (3, 200, 150), (1, 110, 140), (3, 800, 600), (1, 1280, 960), (0.6, 1600, 1200), (0.4, 2592, 1944),
 ]  # fmt: skip
 MARK = ".sample"  # the file by which ./data is known to be the sample
+BATCH_SIZE = 32  # this and what follows suits the training on it, on a laptop
+TRAINING = ["--image-size", "48", "--lr", "0.02", "--workers", "2"]
 
 
 def file_names(train, val):
@@ -193,11 +195,17 @@ def main():
     parser.add_argument("--data", default="./data", help="its folder (%(default)s)")
     parser.add_argument("--shards", help="with --remove: the folder of its shards")
     parser.add_argument("--remove", action="store_true", help="take the sample and its shards away")
+    parser.add_argument(
+        "--training", action="store_true", help="print arguments for main-wds.py, if this is the sample"
+    )
     parser.add_argument("--train", type=int, default=130, metavar="N", help="training images a class (%(default)s)")
     parser.add_argument("--val", type=int, default=20, metavar="N", help="validation images a class (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
     args = parser.parse_args()
-    if args.remove:
+    if args.training:
+        if os.path.exists(os.path.join(args.data, MARK)):
+            print(*TRAINING, "--batch-size", BATCH_SIZE, "--epochs", 5)
+    elif args.remove:
         remove_sample(args)
     elif os.path.lexists(args.data):
         print(f"{args.data}: already there, left as it is")
