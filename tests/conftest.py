@@ -1,0 +1,69 @@
+"""What the tests share: small datasets made once, and a way to run the project's commands as a user types them."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# every warning is an error, but for those that are not about our own use of a library
+WARNINGS = "error"
+
+
+def run(script, *args, cwd, status=0, env=None, timeout=300):
+    """Run a script of the project with this Python; returns (stdout, stderr) once the status is as expected."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return run_command(command, cwd=cwd, status=status, env={"PYTHONWARNINGS": WARNINGS, **(env or {})}, timeout=timeout)
+
+
+def run_command(command, *, cwd, status=0, env=None, timeout=300):
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == status, f"{command}\nstatus {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+def error_of(script, *args, cwd, env=None):
+    """The one line with which a script refuses bad input: status 2, no traceback."""
+    _, stderr = run(script, *args, cwd=cwd, status=2, env=env)
+    assert len(stderr.strip().splitlines()) == 1 and stderr.startswith(f"{script}: "), stderr
+    return stderr.strip()
+
+
+def load(script):
+    """A script as a module, for its pure functions."""
+    name = script.replace("-", "_").removesuffix(".py")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / script)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def summary(stdout):
+    """[(Acc@1, Acc@5)] of each validation."""
+    return [(float(a), float(b)) for a, b in re.findall(r"^ \* Acc@1 (\S+) Acc@5 (\S+)$", stdout, re.M)]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with data/ (80 training and 30 validation images, 10 classes) and shards/ (of 30 samples)."""
+    folder = tmp_path_factory.mktemp("small")
+    run("tests/sample.py", "--train", 8, "--val", 3, cwd=folder)
+    (folder / "shards").mkdir()
+    run("makeshards.py", "--maxcount", 30, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """A folder with the whole sample in data/ and its shards in shards/."""
+    folder = tmp_path_factory.mktemp("sample")
+    run("tests/sample.py", cwd=folder)
+    (folder / "shards").mkdir()
+    run("makeshards.py", cwd=folder)
+    return folder

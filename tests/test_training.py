@@ -1,0 +1,128 @@
+"""Both training scripts, run as a user runs them: output, repeatability, checkpoints, evaluation, learning."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, load, run, summary
+from torchvision import models
+
+FAST = ["-a", "shufflenet_v2_x0_5", "-j", "1", "-b", "16", "--epochs", "1", "--lr", "0.01"]
+WDS = [*FAST, "--image-size", "32"]
+NUMBER = r" *\d+\.\d+"
+TRAIN_LINE = rf"Epoch: \[0\]\[ *\d+/5\]\tTime {NUMBER} \({NUMBER}\)\tData {NUMBER} \({NUMBER}\)"
+METERS = rf"\tLoss \d\.\d{{4}}e[+-]\d\d \(\d\.\d{{4}}e[+-]\d\d\)\tAcc@1 {NUMBER} \({NUMBER}\)\tAcc@5 {NUMBER} \({NUMBER}\)"
+
+
+def losses(stdout):
+    return re.findall(r"Loss (\S+) \((\S+)\)", stdout)
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_output_and_repeatability(script, small, tmp_path):
+    args = [*FAST, "data"] if script == "main-orig.py" else WDS
+    args = [str(small / "data") if arg == "data" else arg for arg in args] + ["--seed", 3, "-p", 1]
+    if script == "main-wds.py":
+        args += ["--shards", small / "shards"]
+    stdout, stderr = run(script, *args, cwd=tmp_path)
+    assert stderr == ""
+    lines = stdout.splitlines()
+    assert lines[0] == "=> creating model 'shufflenet_v2_x0_5' on cpu"
+    assert len(lines) == 1 + 5 + 2 + 1
+    assert all(re.fullmatch(TRAIN_LINE + METERS, line) for line in lines[1:6]), stdout
+    assert [line.partition("]")[2].partition("]")[0] for line in lines[1:6]] == [f"[{i}/5" for i in range(1, 6)]
+    assert all(re.fullmatch(rf"Test: \[\d/2\]\tTime {NUMBER} \({NUMBER}\)" + METERS, line) for line in lines[6:8])
+    assert re.fullmatch(r" \* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3}", lines[8])
+    again, _ = run(script, *args, cwd=tmp_path)
+    assert losses(again) == losses(stdout)
+    args[args.index("--seed") + 1] = 4
+    other, _ = run(script, *args, cwd=tmp_path)
+    assert losses(other) != losses(stdout)
+
+
+@pytest.mark.parametrize("form", ["ours", "module", "features", "tensor"])
+def test_resume(form, small, tmp_path):
+    """One epoch, then a second after --resume: from our checkpoint, and from forms that pytorch/examples writes."""
+    args = [*WDS, "--shards", small / "shards", "--seed", 1]
+    run("main-wds.py", *args, cwd=tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    assert set(state) == {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
+    assert (state["epoch"], state["arch"], type(state["best_acc1"])) == (1, "shufflenet_v2_x0_5", float)
+    models.get_model("shufflenet_v2_x0_5").load_state_dict(state["state_dict"])
+    assert (tmp_path / "model_best.pth.tar").read_bytes() == (tmp_path / "checkpoint.pth.tar").read_bytes()
+    if form == "module":  # as DistributedDataParallel and DataParallel name them
+        state["state_dict"] = {f"module.{name}": value for name, value in state["state_dict"].items()}
+    if form == "features":  # as DataParallel around AlexNet's and VGG's features
+        state["state_dict"] = {name.replace(".", ".module.", 1): value for name, value in state["state_dict"].items()}
+    if form == "tensor":
+        state["best_acc1"] = torch.tensor(state["best_acc1"])
+    torch.save(state, tmp_path / "given.pth.tar")
+    args[args.index("--epochs") + 1] = "2"
+    stdout, _ = run("main-wds.py", *args, "--resume", "given.pth.tar", cwd=tmp_path)
+    assert "=> loaded checkpoint 'given.pth.tar' (epoch 1)" in stdout
+    assert "Epoch: [1]" in stdout and "Epoch: [0]" not in stdout
+    resumed = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run("main-wds.py", *args, cwd=whole)
+    unbroken = torch.load(whole / "checkpoint.pth.tar", weights_only=True)
+    assert resumed["scheduler"] == unbroken["scheduler"]
+    for name, value in unbroken["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+def test_evaluate_is_the_same_from_folders_and_shards(small, tmp_path):
+    """--evaluate of one checkpoint: main-orig.py, and main-wds.py from folders and from shards with both decoders."""
+    run("main-orig.py", small / "data", *FAST, "--seed", 1, cwd=tmp_path)
+    args = [*FAST, "--resume", "checkpoint.pth.tar", "--evaluate"]
+    stdout, _ = run("main-orig.py", small / "data", *args, cwd=tmp_path)
+    assert "Epoch" not in stdout
+    expected, loss = summary(stdout), float(losses(stdout)[-1][1])
+    folders = ["--data", small / "data", "--shards", small / "shards"]
+    for dataset, decode in (("orig", "pil"), ("wds", "pil"), ("orig", "tensor"), ("wds", "tensor")):
+        stdout, _ = run("main-wds.py", *args, *folders, "--dataset", dataset, "--decode", decode, cwd=tmp_path)
+        if decode == "pil":  # the same pixels, in another order over the batches
+            assert summary(stdout) == expected
+        assert float(losses(stdout)[-1][1]) == pytest.approx(loss, rel=1e-4 if decode == "pil" else 0.02)
+
+
+def test_pretrained_takes_the_weights_api(small, tmp_path):
+    """Weights of our own under the file name that torchvision would download to."""
+    net = models.get_model("shufflenet_v2_x0_5")
+    torch.nn.init.constant_(net.fc.bias[:1], 100)  # always class 0: 3 of the 30 validation images
+    weights = models.get_model_weights("shufflenet_v2_x0_5").IMAGENET1K_V1
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(net.state_dict(), folder / weights.url.rpartition("/")[2])
+    env = {"TORCH_HOME": str(tmp_path)}
+    stdout, _ = run("main-orig.py", small / "data", *FAST, "--pretrained", "--evaluate", cwd=tmp_path, env=env)
+    assert "=> using pre-trained model 'shufflenet_v2_x0_5'" in stdout
+    assert summary(stdout)[0][0] == 10
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_dummy_needs_no_data(script, tmp_path):
+    command = [sys.executable, str(ROOT / script), "--dummy", *FAST, "-p", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    train_size = load("main-orig.py").TRAIN_SIZE
+    assert re.match(rf"Epoch: \[0\]\[ +2/{-(-train_size // 16)}\]", lines[2]), lines
+
+
+def test_both_datasets_learn(sample, tmp_path):
+    """Two epochs on the whole sample, over two seeds: chance is 10 percent."""
+    acc1 = {}
+    for dataset in ("orig", "wds"):
+        for seed in (1, 2):
+            args = ["--dataset", dataset, "--seed", seed, "--data", sample / "data", "--shards", sample / "shards"]
+            args += ["-b", 32, "--lr", 0.02, "--image-size", 48, "-j", 2, "--epochs", 2]
+            stdout, _ = run("main-wds.py", *args, cwd=tmp_path)
+            acc1[dataset, seed] = summary(stdout)[-1][0]
+    print(acc1)
+    assert min(acc1.values()) > 25, acc1
+    assert abs(acc1["orig", 1] + acc1["orig", 2] - acc1["wds", 1] - acc1["wds", 2]) / 2 < 20, acc1
