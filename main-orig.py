@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a torchvision classifier on ImageNet, read from folders of images.
+"""Train a torchvision classifier on ImageNet, read from folders (main-orig.py) or WebDataset shards (main-wds.py).
 
     python main-orig.py DIR                         one process, on the GPU if there is one, else on the CPU
     python main-orig.py --gpu 1 -a resnet50 DIR     one GPU of several
@@ -10,9 +10,10 @@
     python main-orig.py --resume checkpoint.pth.tar DIR        go on after the last whole epoch
     python main-orig.py --evaluate --pretrained DIR            measure a trained network
     python main-orig.py --dummy                                find the speed without any data
+    DIR holds train/ and val/, and each of these a folder of images per class (./run sample makes some)
 
-DIR holds train/ and val/, and each of them one folder of images per class. The forms for two nodes are started on
-each of them, the second with --rank 1 on the other. Each epoch ends with checkpoint.pth.tar in the current folder.
+The forms for two nodes are started on each of them, the second with --rank 1 on the other node. Each epoch ends with
+checkpoint.pth.tar, and the best one with model_best.pth.tar, in the current folder.
 """
 
 import argparse
@@ -91,13 +92,11 @@ def at_least(low):
 
 
 class DataError(Exception):
-    """Data that can't be used; the message names it. It travels from a loading process to the training one."""
+    """Input that can't be used; the message names it and the way out. main() prints it, whatever process it is from."""
 
 
 def fail(message):
-    """Say in one line what is wrong with the user's input, and stop with status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    raise DataError(message)
 
 
 def first_line(error):
@@ -108,7 +107,18 @@ def first_line(error):
 
 
 def main():
-    args = parse_args()
+    try:
+        start(parse_args())
+    except (DataError, mp.ProcessRaisedException) as error:
+        if not isinstance(error, DataError) and "DataError: " not in str(error):
+            raise
+        message = str(error).rpartition("DataError: ")[2].strip()  # behind the traceback of the process it is from
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
+        sys.exit(2)
+
+
+def start(args):
+    """Be one process of those that torchrun has started, or start those of this node, or be the only one."""
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # torchrun started us
         rank, local_rank, args.world_size, processes = (
             int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -118,10 +128,7 @@ def main():
     elif args.multiprocessing_distributed:
         processes = (0 if args.no_accel else torch.accelerator.device_count()) or 2
         first_rank, args.world_size = max(args.rank, 0) * processes, max(args.world_size, 1) * processes
-        try:
-            mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes)
-        except mp.ProcessExitedException as error:  # it has said why
-            sys.exit(error.exit_code)
+        mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes)
     else:
         main_worker(0, max(args.rank, 0), 1, args)
 
@@ -135,14 +142,13 @@ def main_worker(local_rank, first_rank, processes, args):
         fail(f"--batch-size {args.batch_size}: too few for the {processes} processes of this node")
     args.batch_size //= processes
     args.workers = math.ceil(args.workers / processes)
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # or they would fight for the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     args.device = pick_device(local_rank, args)
     if args.distributed:
         backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
-    try:
-        run(args)
-    except DataError as error:  # from a loading process it comes with that process's traceback before it
-        fail(str(error).rpartition("DataError: ")[2])
+    run(args)
     if args.distributed:
         dist.destroy_process_group()
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a torchvision classifier on ImageNet, read from WebDataset shards. Otherwise this is main-orig.py.
+"""Train a torchvision classifier on ImageNet, read from folders (main-orig.py) or WebDataset shards (main-wds.py).
 
     python main-wds.py --shards ./shards            one process, on the GPU if there is one, else on the CPU
     python main-wds.py --dataset orig --data DIR    the same from folders, to compare
@@ -11,9 +11,10 @@
     python main-wds.py --resume checkpoint.pth.tar             go on after the last whole epoch
     python main-wds.py --evaluate --pretrained                 measure a trained network
     python main-wds.py --dummy                                 find the speed without any data
+    makeshards.py writes the shards; diff main-orig.py main-wds.py shows what they take
 
-makeshards.py writes the shards. To see what they take: diff main-orig.py main-wds.py. The forms for two nodes are
-started on each of them, the second with --rank 1 on the other. Each epoch ends with checkpoint.pth.tar.
+The forms for two nodes are started on each of them, the second with --rank 1 on the other node. Each epoch ends with
+checkpoint.pth.tar, and the best one with model_best.pth.tar, in the current folder.
 """
 
 import argparse
@@ -113,13 +114,11 @@ def at_least(low):
 
 
 class DataError(Exception):
-    """Data that can't be used; the message names it. It travels from a loading process to the training one."""
+    """Input that can't be used; the message names it and the way out. main() prints it, whatever process it is from."""
 
 
 def fail(message):
-    """Say in one line what is wrong with the user's input, and stop with status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    raise DataError(message)
 
 
 def first_line(error):
@@ -130,7 +129,18 @@ def first_line(error):
 
 
 def main():
-    args = parse_args()
+    try:
+        start(parse_args())
+    except (DataError, mp.ProcessRaisedException) as error:
+        if not isinstance(error, DataError) and "DataError: " not in str(error):
+            raise
+        message = str(error).rpartition("DataError: ")[2].strip()  # behind the traceback of the process it is from
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
+        sys.exit(2)
+
+
+def start(args):
+    """Be one process of those that torchrun has started, or start those of this node, or be the only one."""
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # torchrun started us
         rank, local_rank, args.world_size, processes = (
             int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -140,10 +150,7 @@ def main():
     elif args.multiprocessing_distributed:
         processes = (0 if args.no_accel else torch.accelerator.device_count()) or 2
         first_rank, args.world_size = max(args.rank, 0) * processes, max(args.world_size, 1) * processes
-        try:
-            mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes)
-        except mp.ProcessExitedException as error:  # it has said why
-            sys.exit(error.exit_code)
+        mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes)
     else:
         main_worker(0, max(args.rank, 0), 1, args)
 
@@ -157,14 +164,13 @@ def main_worker(local_rank, first_rank, processes, args):
         fail(f"--batch-size {args.batch_size}: too few for the {processes} processes of this node")
     args.batch_size //= processes
     args.workers = math.ceil(args.workers / processes)
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # or they would fight for the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     args.device = pick_device(local_rank, args)
     if args.distributed:
         backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
-    try:
-        run(args)
-    except DataError as error:  # from a loading process it comes with that process's traceback before it
-        fail(str(error).rpartition("DataError: ")[2])
+    run(args)
     if args.distributed:
         dist.destroy_process_group()
 
@@ -640,10 +646,13 @@ def find_shards(args, split):
         if args.rank == 0:
             seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
             found = [(*list_shards(args, split), seed)]
-    finally:  # the other ranks wait for it, even if rank 0 has failed
-        if args.distributed:
-            dist.broadcast_object_list(found, device=args.device)
-    return found[0] or sys.exit(2)
+    except DataError as error:  # for all ranks: they wait for what comes
+        found = [error]
+    if args.distributed:
+        dist.broadcast_object_list(found, device=args.device)
+    if isinstance(found[0], DataError):
+        raise found[0]
+    return found[0]
 
 
 def list_shards(args, split):
@@ -689,6 +698,8 @@ def read_index(folder, split=None):
         splits = index["splits"] if index else {}
         for entry in [splits[split]] if index and split else splits.values():
             known.update(zip(entry["filenames"], entry["shard_lengths"], strict=True))
+            if sum(entry["shard_lengths"]) != entry["num_samples"]:
+                raise ValueError(f"num_samples {entry['num_samples']} is not the sum of shard_lengths")
         for name, length in known.items():
             if name.startswith("/") or ":" in name or ".." in name.split("/") or int(length) < 0:
                 raise ValueError(f"{name!r}: {length!r}")
@@ -755,69 +766,29 @@ def read_shard(url, first, last, length):
 def tar_samples(stream, first):
     """Each sample of a tar as {"__key__", "image": bytes, "cls": bytes}; of those before number `first`, the key alone.
 
-    A sample is the files, one after the other, that share a name up to the first dot. This walks from header to header
-    and not through webdataset's reader, because that takes a shard cut off between two files for a whole one, and reads
-    what it is to skip.
+    A sample is the files, one after the other, that share a name up to the first dot. webdataset's own reader has no
+    way to skip samples undecoded, and takes a shard that was cut off between two files for a whole one.
     """
-    sample, number = {}, -1
-    while member := next_file(stream):
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        key, what = folder + slash + stem, "image" if ending.lower() in IMAGES else ending
-        is_data = stem and not stem.startswith("__")  # neither hidden nor webdataset's own
-        if is_data and key != sample.get("__key__"):
-            if sample:
-                yield sample
-            sample, number = {"__key__": key}, number + 1
-        if is_data and number >= first and what in ("image", "cls"):
-            sample[what] = take(stream, member.size)
-        else:
-            skip(stream, member.size)
+    sample, number, local = {}, -1, isinstance(stream, io.BufferedReader)
+    with tarfile.open(fileobj=stream, mode="r:" if local else "r|") as tar:  # a local one is skipped through by seeking
+        for member in tar:
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, ending = base.partition(".")
+            if not member.isreg() or not stem or stem.startswith("__"):  # hidden files, and webdataset's own
+                continue
+            key, what = folder + slash + stem, "image" if ending.lower() in IMAGES else ending
+            if key != sample.get("__key__"):
+                if sample:
+                    yield sample
+                sample, number = {"__key__": key}, number + 1
+            if number >= first and what in ("image", "cls"):
+                sample[what] = tar.extractfile(member).read()
+        if local and (stream.seek(tar.offset), stream.read(512)) != (tar.offset, bytes(512)):
+            raise tarfile.ReadError("it is cut off or damaged where its end mark should be")
     if sample:
         yield sample
-    while stream.read(1 << 16):  # the padding, so that a command that sends it can end in peace
+    while stream.read(1 << 16):  # the padding, so that a command in a pipe can end in peace
         pass
-
-
-def next_file(stream):
-    """The header of the tar's next regular file as tarfile.TarInfo, None at the tar's end."""
-    headers = b""
-    while True:
-        headers += take(stream, 512)
-        try:
-            member = tarfile.TarInfo.frombuf(headers[-512:], "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:
-            return None
-        if member.type in b"LKxg":  # the next file's name, where it is too long for that file's own header
-            headers += take(stream, whole_blocks(member.size))
-        elif not member.isreg():  # a folder, a link, a device: none of them is followed by data
-            headers = b""
-        else:
-            if len(headers) > 512:
-                with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as whole:
-                    member = whole.next()
-            if member.size < 0 or member.type == tarfile.GNUTYPE_SPARSE or member.issparse():
-                raise tarfile.ReadError(f"{member.name}: a sparse file, or of no true size")
-            return member
-
-
-def whole_blocks(size):
-    return -(-size // 512) * 512
-
-
-def take(stream, size):
-    """The next size bytes of a tar, and past the padding behind them."""
-    data = stream.read(whole_blocks(size))
-    if len(data) < whole_blocks(size):
-        raise tarfile.ReadError("it ends too early")
-    return data[:size]
-
-
-def skip(stream, size):
-    if isinstance(stream, io.BufferedReader):
-        stream.seek(whole_blocks(size), os.SEEK_CUR)
-    else:
-        take(stream, size)
 
 
 def open_stream(url):

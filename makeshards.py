@@ -32,6 +32,7 @@ INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Write ImageNet's folders of images as WebDataset shards.")
+    parser.error = fail
     add = parser.add_argument
     add("--data", default="./data", metavar="DIR", help="folder that holds train/ and val/ (%(default)s)")
     add("--shards", default="./shards", metavar="DIR", help="folder to write to, which must exist (%(default)s)")
@@ -105,13 +106,13 @@ def one_list_of_classes(args, splits):
 
 def read_image(path):
     """The file's own bytes, when Pillow finds the beginning of an image in them."""
-    with open(path, "rb") as file:
-        data = file.read()
     try:
+        with open(path, "rb") as file:
+            data = file.read()
         Image.open(io.BytesIO(data)).close()
     except Exception as error:  # Pillow raises nearly anything on broken bytes
-        what = "it is empty" if not data else str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"{path}: not an image ({what}); mend it or take it away, and run this again")
+        what = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else str(error)
+        fail(f"{path}: not a readable image ({what}); mend it or take it away, and run this again")
     return data
 
 

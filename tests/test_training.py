@@ -13,7 +13,9 @@ FAST = ["-a", "shufflenet_v2_x0_5", "-j", "1", "-b", "16", "--epochs", "1", "--l
 WDS = [*FAST, "--image-size", "32"]
 NUMBER = r" *\d+\.\d+"
 TRAIN_LINE = rf"Epoch: \[0\]\[ *\d+/5\]\tTime {NUMBER} \({NUMBER}\)\tData {NUMBER} \({NUMBER}\)"
-METERS = rf"\tLoss \d\.\d{{4}}e[+-]\d\d \(\d\.\d{{4}}e[+-]\d\d\)\tAcc@1 {NUMBER} \({NUMBER}\)\tAcc@5 {NUMBER} \({NUMBER}\)"
+METERS = (
+    rf"\tLoss \d\.\d{{4}}e[+-]\d\d \(\d\.\d{{4}}e[+-]\d\d\)\tAcc@1 {NUMBER} \({NUMBER}\)\tAcc@5 {NUMBER} \({NUMBER}\)"
+)
 
 
 def losses(stdout):
@@ -42,32 +44,41 @@ def test_output_and_repeatability(script, small, tmp_path):
     assert losses(other) != losses(stdout)
 
 
-@pytest.mark.parametrize("form", ["ours", "module", "features", "tensor"])
-def test_resume(form, small, tmp_path):
-    """One epoch, then a second after --resume: from our checkpoint, and from forms that pytorch/examples writes."""
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """Two folders with the checkpoint of one epoch and of two, and the arguments that made them."""
     args = [*WDS, "--shards", small / "shards", "--seed", 1]
-    run("main-wds.py", *args, cwd=tmp_path)
-    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    for epochs, folder in enumerate(folders, 1):
+        args[args.index("--epochs") + 1] = epochs
+        run("main-wds.py", *args, cwd=folder)
+    return *folders, args
+
+
+def test_checkpoint(runs):
+    one, _, _ = runs
+    state = torch.load(one / "checkpoint.pth.tar", weights_only=True)
     assert set(state) == {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
     assert (state["epoch"], state["arch"], type(state["best_acc1"])) == (1, "shufflenet_v2_x0_5", float)
     models.get_model("shufflenet_v2_x0_5").load_state_dict(state["state_dict"])
-    assert (tmp_path / "model_best.pth.tar").read_bytes() == (tmp_path / "checkpoint.pth.tar").read_bytes()
-    if form == "module":  # as DistributedDataParallel and DataParallel name them
+    assert (one / "model_best.pth.tar").read_bytes() == (one / "checkpoint.pth.tar").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["ours", "module", "features"])
+def test_resume(form, runs, tmp_path):
+    """One epoch and a second after --resume is two epochs, to the bit: from our checkpoint and pytorch/examples' forms."""
+    one, two, args = runs
+    state = torch.load(one / "checkpoint.pth.tar", weights_only=True)
+    if form == "module":  # as DistributedDataParallel and DataParallel name the weights, and a distributed run the best
         state["state_dict"] = {f"module.{name}": value for name, value in state["state_dict"].items()}
-    if form == "features":  # as DataParallel around AlexNet's and VGG's features
-        state["state_dict"] = {name.replace(".", ".module.", 1): value for name, value in state["state_dict"].items()}
-    if form == "tensor":
         state["best_acc1"] = torch.tensor(state["best_acc1"])
+    if form == "features":  # as DataParallel around AlexNet's and VGG's features names them
+        state["state_dict"] = {name.replace(".", ".module.", 1): value for name, value in state["state_dict"].items()}
     torch.save(state, tmp_path / "given.pth.tar")
-    args[args.index("--epochs") + 1] = "2"
     stdout, _ = run("main-wds.py", *args, "--resume", "given.pth.tar", cwd=tmp_path)
     assert "=> loaded checkpoint 'given.pth.tar' (epoch 1)" in stdout
     assert "Epoch: [1]" in stdout and "Epoch: [0]" not in stdout
-    resumed = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    run("main-wds.py", *args, cwd=whole)
-    unbroken = torch.load(whole / "checkpoint.pth.tar", weights_only=True)
+    resumed, unbroken = (torch.load(path / "checkpoint.pth.tar", weights_only=True) for path in (tmp_path, two))
     assert resumed["scheduler"] == unbroken["scheduler"]
     for name, value in unbroken["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][name]), name

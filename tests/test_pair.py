@@ -1,0 +1,97 @@
+"""The two training scripts are one text but for the loaders, and what is said about that is true."""
+
+import difflib
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+ORIG, WDS = ((ROOT / name).read_text().splitlines() for name in ("main-orig.py", "main-wds.py"))
+# what each hunk is about: a word of it, in the order of the text
+HUNKS = ["docstring", "import webdataset", '"--dataset"', "LOADERS[", "set_epoch", "def make_transform", "the shards"]
+
+
+def hunks():
+    """[(lines of main-orig.py, lines of main-wds.py that take their place)]"""
+    blocks = difflib.SequenceMatcher(None, ORIG, WDS, autojunk=False).get_opcodes()
+    return [(ORIG[a:b], WDS[c:d]) for tag, a, b, c, d in blocks if tag != "equal"]
+
+
+def functions(lines):
+    """{name: text} of the functions and classes at the top level."""
+    found = {}
+    for line in lines:
+        if match := re.match(r"(?:def|class) (\w+)", line):
+            name = match[1]
+            found[name] = []
+        elif line and not line.startswith((" ", "@", ")")):
+            name = None
+        if found and name:
+            found[name].append(line)
+    return {name: "\n".join(text).rstrip() for name, text in found.items()}
+
+
+def test_all_but_the_loaders_is_the_same_text():
+    orig, wds = functions(ORIG), functions(WDS)
+    differing = {name for name in orig if orig[name] != wds.get(name)}
+    assert differing == {"parse_args", "run", "make_transform"}
+    first_new = min(WDS.index(line) for line in WDS if re.match(r"def (\w+)", line) and line not in ORIG)
+    banner = next(i for i, line in enumerate(WDS) if line.startswith("# =====") and "the shards" in line)
+    assert first_new > banner  # what is new stands last, in one piece
+    assert WDS[-2:] == ORIG[-2:] == ['if __name__ == "__main__":', "    main()"]
+
+
+def test_the_loop_differs_in_the_loaders_only():
+    changed = [
+        line.strip()
+        for old, new in hunks()
+        for line in old + new
+        if line in functions(ORIG)["run"].splitlines() or line in functions(WDS)["run"].splitlines()
+    ]
+    assert changed == [
+        "val_loader = make_val_loader_orig(args)",
+        "train_loader = None if args.evaluate else make_train_loader_orig(args)",
+        'make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]',
+        "val_loader = DeviceLoader(make_val_loader(args), args.device)",
+        "train_loader = None if args.evaluate else DeviceLoader(make_train_loader(args), args.device)",
+        "if args.distributed:",
+        'if hasattr(train_loader.sampler, "set_epoch"):',
+    ]
+
+
+def test_options_of_the_pair():
+    """main-wds.py has all of main-orig.py's options, and those that the design names."""
+    helps = [run(script, "--help", cwd=ROOT)[0] for script in ("main-orig.py", "main-wds.py")]
+    options = [set(re.findall(r"--[a-z0-9-]+", text)) for text in helps]
+    named = "arch workers epochs start-epoch batch-size lr learning-rate momentum wd weight-decay print-freq resume"
+    named += " evaluate pretrained world-size rank dist-url dist-backend seed gpu no-accel multiprocessing-distributed"
+    assert options[0] == {f"--{name}" for name in (named + " dummy help").split()}
+    added = "data dataset loader shards trainshards valshards trainsize valsize shuffle augmentation decode image-size"
+    assert options[1] - options[0] == {f"--{name}" for name in added.split()}
+    assert "DIR" in helps[0]
+
+
+def test_the_diff_in_the_readme_is_the_real_one():
+    """Every hunk before the pure addition is printed in README.md, line for line."""
+    readme = (ROOT / "README.md").read_text()
+    diff = subprocess.run(["diff", "main-orig.py", "main-wds.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    real = re.split(r"^(?=\d)", diff, flags=re.M)[1:]
+    code = [hunk for hunk in real if not hunk.startswith(("2", "4", "1")) or "import" in hunk]
+    assert len(real) < 12
+    for hunk in code[:-1]:
+        assert hunk.strip() in readme, hunk
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py", "makeshards.py"])
+def test_the_beginning_tells_how_to_start(script):
+    head = "\n".join((ROOT / script).read_text().splitlines()[:20])
+    assert f"    python {script}" in head and head.startswith("#!/usr/bin/env python3\n" + '"""')
+
+
+def test_lint_and_format():
+    """ruff's check and format, as .ruff.toml has them."""
+    for args in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *args, "."], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
