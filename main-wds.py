@@ -13,8 +13,8 @@
     python main-wds.py --dummy                                 find the speed without any data
     makeshards.py writes the shards; diff main-orig.py main-wds.py shows what they take
 
-The forms for two nodes are started on each of them, the second with --rank 1 on the other node. Each epoch ends with
-checkpoint.pth.tar, and the best one with model_best.pth.tar, in the current folder.
+Of the forms for two nodes the first is typed on both alike, the second with --rank 1 on the other. Each epoch writes
+checkpoint.pth.tar to the current folder, and the best so far model_best.pth.tar too.
 """
 
 import argparse
