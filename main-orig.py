@@ -119,6 +119,7 @@ def main():
 
 def start(args):
     """Be one process of those that torchrun has started, or start those of this node, or be the only one."""
+    args.start_method = mp.get_start_method()
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # torchrun started us
         rank, local_rank, args.world_size, processes = (
             int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -135,6 +136,7 @@ def start(args):
 
 def main_worker(local_rank, first_rank, processes, args):
     """One process of the `processes` on this node, whose ranks count from first_rank."""
+    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's own, loading processes take seconds to start
     args.rank = first_rank + local_rank
     args.world_size = max(args.world_size, 1)
     args.distributed = args.world_size > 1

@@ -141,6 +141,7 @@ def main():
 
 def start(args):
     """Be one process of those that torchrun has started, or start those of this node, or be the only one."""
+    args.start_method = mp.get_start_method()
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # torchrun started us
         rank, local_rank, args.world_size, processes = (
             int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -157,6 +158,7 @@ def start(args):
 
 def main_worker(local_rank, first_rank, processes, args):
     """One process of the `processes` on this node, whose ranks count from first_rank."""
+    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's own, loading processes take seconds to start
     args.rank = first_rank + local_rank
     args.world_size = max(args.world_size, 1)
     args.distributed = args.world_size > 1
@@ -774,6 +776,8 @@ def tar_samples(stream, first):
         for member in tar:
             folder, slash, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
+            if member.size < 0:  # older tarfiles would go round in circles
+                raise tarfile.ReadError(f"{member.name} has a size of {member.size}")
             if not member.isreg() or not stem or stem.startswith("__"):  # hidden files, and webdataset's own
                 continue
             key, what = folder + slash + stem, "image" if ending.lower() in IMAGES else ending

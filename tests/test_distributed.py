@@ -74,28 +74,20 @@ def test_any_number_of_ranks_evaluates_the_same(small, tmp_path):
 
 
 def test_two_processes_train_what_one_does(small, tmp_path):
-    """Batches of the whole set, a network without batch norm and dropout, no random crops: the same steps, by halves."""
+    """Batches of the whole set, a network without batch norm and dropout, no random crops: the same steps in halves."""
     weights = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        args = [
-            "-a",
-            "vit_b_32",
-            "-j",
-            2,
-            "-b",
-            30,
-            "--lr",
-            0.01,
-            "--epochs",
-            2,
-            "--seed",
-            1,
+        args = ["-a", "vit_b_32", "-j", 2, "-b", 30, "--lr", 0.01, "--epochs", 2, "--seed", 1]
+        args += [
             "--augmentation",
             "simple",
+            "--shards",
+            small / "shards",
+            "--trainshards",
+            small / "shards/imagenet-val-000000.tar",
         ]
-        args += ["--shards", small / "shards", "--trainshards", small / "shards/imagenet-val-000000.tar"]
         stdout = torchrun(processes, "main-wds.py", *args, cwd=folder)
         state = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
         weights[processes] = state["state_dict"], summary(stdout), last_loss(stdout)

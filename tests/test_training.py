@@ -66,7 +66,7 @@ def test_checkpoint(runs):
 
 @pytest.mark.parametrize("form", ["ours", "module", "features"])
 def test_resume(form, runs, tmp_path):
-    """One epoch and a second after --resume is two epochs, to the bit; from pytorch/examples' forms of checkpoint too."""
+    """One epoch and a second after --resume is two epochs, to the bit; also from forms that pytorch/examples writes."""
     one, two, args = runs
     state = torch.load(one / "checkpoint.pth.tar", weights_only=True)
     if form == "module":  # as DistributedDataParallel and DataParallel name the weights, and a distributed run the best
