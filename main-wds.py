@@ -489,6 +489,7 @@ def add_up(meters, device):
 
 INDEX = "_info.json"  # beside the shards, as makeshards.py, timm and the hub's ImageNet shards have it
 IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample; its class ends in cls
+BROKEN = (OSError, ValueError, MemoryError, OverflowError, tarfile.TarError)  # what a tar that lies may lead to
 
 
 class DeviceLoader:
@@ -661,7 +662,10 @@ def list_shards(args, split):
     """(urls, samples in each) of --trainshards or --valshards, else of the index in --shards."""
     pattern, size = (args.trainshards, args.trainsize) if split == "train" else (args.valshards, args.valsize)
     if pattern:
-        urls = [name for url in expand_urls(pattern) for name in expand_glob(url)]
+        try:
+            urls = [name for url in expand_urls(pattern) for name in expand_glob(url)]
+        except (ValueError, AssertionError) as error:  # of unbalanced braces, of unknown variables
+            fail(f"{pattern}: {first_line(error)}")
         known = {}
         for folder in {url[: url.rfind("/") + 1] for url in urls if not url.startswith("pipe:")}:
             known.update(read_index(folder) or {})
@@ -699,15 +703,16 @@ def read_index(folder, split=None):
         known = {} if split or not sizes else sizes
         splits = index["splits"] if index else {}
         for entry in [splits[split]] if index and split else splits.values():
-            known.update(zip(entry["filenames"], entry["shard_lengths"], strict=True))
-            if sum(entry["shard_lengths"]) != entry["num_samples"]:
+            lengths = dict(zip(entry["filenames"], entry["shard_lengths"], strict=True))
+            if sum(lengths.values()) != entry["num_samples"]:
                 raise ValueError(f"num_samples {entry['num_samples']} is not the sum of shard_lengths")
+            known.update(lengths)
         for name, length in known.items():
             if name.startswith("/") or ":" in name or ".." in name.split("/") or int(length) < 0:
                 raise ValueError(f"{name!r}: {length!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fail(f"{folder}{INDEX}: not an index of shards with names below it ({error!r})")
-    return {folder + name: int(length) for name, length in known.items()} if index or sizes else None
+    return {folder + name: int(length) for name, length in known.items()} if known or index else None
 
 
 def read_json(url):
@@ -726,7 +731,9 @@ def count_samples(urls, known, size, split):
     if size is None:
         fail(f"{urls[0]}: remote and without an index; give --{split}size, the number of samples in all the shards")
     each = math.ceil(size / len(urls))
-    return [max(0, min(each, size - i * each)) for i in range(len(urls))]
+    if size <= each * (len(urls) - 1):
+        fail(f"--{split}size {size}: too few for {len(urls)} shards of equal length, the last one being shorter")
+    return [min(each, size - i * each) for i in range(len(urls))]
 
 
 def count_shard(url):
@@ -734,7 +741,7 @@ def count_shard(url):
     try:
         with open(url, "rb") as stream:
             return sum(1 for _ in tar_samples(stream, first=sys.maxsize))
-    except (OSError, tarfile.TarError) as error:
+    except BROKEN as error:
         fail(f"{url}: not a whole shard ({first_line(error)})")
 
 
@@ -759,7 +766,7 @@ def read_shard(url, first, last, length):
                 if found == last < length:
                     set_options(stream, ignore_errors=True)  # a command in a pipe: may complain that we hang up
                     return
-    except (OSError, tarfile.TarError) as error:
+    except BROKEN as error:
         raise DataError(f"{url}: broken after {found} of its {length} samples ({first_line(error)})") from error
     if found != length:
         raise DataError(f"{url}: {found} samples, but {length} were expected by its index")
@@ -776,11 +783,11 @@ def tar_samples(stream, first):
         for member in tar:
             folder, slash, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
-            if member.size < 0:  # older tarfiles would go round in circles
-                raise tarfile.ReadError(f"{member.name} has a size of {member.size}")
-            if not member.isreg() or not stem or stem.startswith("__"):  # hidden files, and webdataset's own
+            if not 0 <= member.size < 1 << 30:  # a lie, which tarfile would follow without end
+                raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
+            if not member.isreg() or not stem or not ending or stem.startswith("__"):  # hidden; and webdataset's own
                 continue
-            key, what = folder + slash + stem, "image" if ending.lower() in IMAGES else ending
+            key, what = folder + slash + stem, "image" if ending.lower() in IMAGES else ending.lower()
             if key != sample.get("__key__"):
                 if sample:
                     yield sample

@@ -50,16 +50,20 @@ def fail(message):
 def prepare(wanted):
     """Make what is missing of ./data and ./shards, and return which of the wanted datasets there are."""
     python, tests = sys.executable, os.path.join(ROOT, "tests")
-    if not os.path.exists("data") and not os.path.exists("shards/_info.json"):
+    if not os.path.lexists("data") and not os.path.exists("shards/_info.json"):
         say("no ./data here: making a small sample in ImageNet's format (./run clean takes it away)")
         subprocess.run([python, os.path.join(tests, "sample.py")], check=True)
     if "wds" in wanted and os.path.exists("data") and not os.path.exists("shards/_info.json"):
         say("no shards in ./shards: making them from ./data")
-        os.makedirs("shards", exist_ok=True)
+        made = not os.path.lexists("shards")
+        if made:
+            os.mkdir("shards")
         subprocess.run([python, os.path.join(ROOT, "makeshards.py")], check=False)  # it says itself what is wrong
+        if made and not os.listdir("shards"):
+            os.rmdir("shards")
     there = {"wds": os.path.exists("shards/_info.json"), "orig": os.path.isdir("data/train")}
     for name, folder in (("wds", "shards in ./shards"), ("orig", "folders of images in ./data")):
-        if name in wanted and not there[name]:
+        if len(wanted) == 2 and not there[name]:
             say(f"there are no {folder}: measuring the other dataset alone")
     datasets = [name for name in wanted if there[name]]
     if len(datasets) == 2:
@@ -164,7 +168,9 @@ def gpu_name():
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="counted runs of each (%(default)s)")
     parser.add_argument("--dataset", choices=["both", "wds", "orig"], default="both", help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="stop each run after N steps (whole epochs)")
@@ -177,6 +183,9 @@ def parse_args():
 
 def main():
     args, rest = parse_args()
+    if args.repeats < 1:
+        fail(f"--repeats {args.repeats}: it must be at least 1")
+    rest = [part for word in rest for part in word.split("=", 1)]
     wanted = ["wds", "orig"] if args.dataset == "both" else [args.dataset]
     datasets = prepare(wanted)
     if args.prepare:

@@ -158,7 +158,7 @@ def write_sample(args):
         val_wnids = [wnid for path, wnid in names if path.startswith("val/")]
         torch.save((wnid_to_classes, val_wnids), os.path.join(folder, "meta.bin"))
         with open(os.path.join(folder, MARK), "w") as mark:
-            mark.write("made by tests/sample.py; ./run clean takes it away\n")
+            mark.write(f"{args.train} {args.val} images a class by tests/sample.py; ./run clean takes it away\n")
         os.rename(folder, args.data)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -168,16 +168,24 @@ def write_sample(args):
 
 def remove_sample(args):
     """Take away the files that write_sample and makeshards.py made of it, and the folders that are then empty."""
-    if args.shards and not os.path.islink(args.shards):
-        index = os.path.join(args.shards, "_info.json")
-        if os.path.isfile(index):
-            with open(index) as file:
-                info = json.load(file)
-            if info.get("classes") == list(CLASSES):
-                names = [name for split in info["splits"].values() for name in split["filenames"]]
-                remove(args.shards, [*names, "_info.json"])
-    if os.path.isfile(os.path.join(args.data, MARK)) and not os.path.islink(args.data):
-        remove(args.data, [path for path, _ in file_names(args.train, args.val)] + ["meta.bin", MARK])
+    if args.shards and not os.path.islink(args.shards) and (names := names_of_shards(args.shards)):
+        remove(args.shards, names)
+    mark = os.path.join(args.data, MARK)
+    if os.path.isfile(mark) and not os.path.islink(args.data):
+        with open(mark) as file:
+            counts = [int(word) for word in file.read().split()[:2]]
+        remove(args.data, [path for path, _ in file_names(*counts)] + ["meta.bin", MARK])
+
+
+def names_of_shards(folder):
+    """The sample's shards in the folder and their index; nothing if it holds those of another dataset, or none."""
+    try:
+        with open(os.path.join(folder, "_info.json")) as file:
+            info = json.load(file)
+        names = [os.path.basename(name) for split in info["splits"].values() for name in split["filenames"]]
+        return [*names, "_info.json"] if info["classes"] == list(CLASSES) else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not an index of ours
+        return []
 
 
 def remove(folder, names):
@@ -203,7 +211,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
     args = parser.parse_args()
     if args.training:
-        if os.path.exists(os.path.join(args.data, MARK)):
+        if os.path.exists(os.path.join(args.data, MARK)) or names_of_shards("./shards"):
             print(*TRAINING, "--batch-size", BATCH_SIZE, "--epochs", 5)
     elif args.remove:
         remove_sample(args)
