@@ -699,10 +699,10 @@ def read_index(folder, split=None):
     A name must be that of a file below the index: it is opened, and one like pipe: would be run as a command.
     """
     try:
-        index, sizes = read_json(folder + INDEX), read_json(folder + "sizes.json")  # the second is OpenCLIP's
-        known = {} if split or not sizes else sizes
+        known = {} if split else read_json(folder + "sizes.json") or {}  # OpenCLIP's: {name: samples}
+        index = read_json(folder + INDEX)
         splits = index["splits"] if index else {}
-        for entry in [splits[split]] if index and split else splits.values():
+        for entry in [splits[split]] if splits and split else splits.values():
             lengths = dict(zip(entry["filenames"], entry["shard_lengths"], strict=True))
             if sum(lengths.values()) != entry["num_samples"]:
                 raise ValueError(f"num_samples {entry['num_samples']} is not the sum of shard_lengths")
