@@ -97,8 +97,9 @@ def parse_args():
     if args.arch not in ARCHS:
         close = difflib.get_close_matches(args.arch, ARCHS) or ["resnet18", "resnet50"]
         fail(f"--arch {args.arch}: not a single-output classifier of torchvision; try {', '.join(close)}")
-    if args.world_size > 1 and not 0 <= args.rank < args.world_size:
-        fail(f"--world-size {args.world_size}: give --rank too, from 0 to {args.world_size - 1}")
+    nodes = max(args.world_size, 1)
+    if args.rank >= nodes or (nodes > 1 and args.rank < 0):
+        fail(f"--rank {args.rank}, --world-size {args.world_size}: give both, the rank from 0 to {nodes - 1}")
     return args
 
 
@@ -171,7 +172,10 @@ def main_worker(local_rank, first_rank, processes, args):
     args.device = pick_device(local_rank, args)
     if args.distributed:
         backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
-        dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+        try:
+            dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+        except (RuntimeError, ValueError) as error:
+            fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
     run(args)
     if args.distributed:
         dist.destroy_process_group()
@@ -180,6 +184,8 @@ def main_worker(local_rank, first_rank, processes, args):
 def pick_device(local_rank, args):
     """The accelerator (CUDA, or what else PyTorch finds) number --gpu or local_rank, else the CPU."""
     if args.no_accel or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    if args.distributed and torch.accelerator.current_accelerator().type == "mps":  # it has no collectives
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else local_rank % count
@@ -201,7 +207,7 @@ def run(args):
     model = net
     if args.distributed:
         model = DistributedDataParallel(net, device_ids=None if args.device.type == "cpu" else [args.device])
-    elif args.device.type == "cuda" and args.gpu is None and torch.cuda.device_count() > 1:
+    elif args.device.type == "cuda" and args.gpu is None and "RANK" not in os.environ and torch.cuda.device_count() > 1:
         net = model = DataParallel(net)
     criterion = nn.CrossEntropyLoss().to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
@@ -247,11 +253,14 @@ def make_model(args):
     weights = None
     if args.pretrained:
         choices = models.get_model_weights(args.arch)
-        weights = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+        names = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")  # those for images of 224 pixels
+        weights = next((choices[name] for name in names if name in choices.__members__), choices.DEFAULT)
     try:
         return models.get_model(args.arch, weights=weights)
-    except (OSError, RuntimeError) as error:
-        fail(f"--pretrained: can't load {weights.url} into {torch.hub.get_dir()}/checkpoints: {error}")
+    except Exception as error:  # no network, or a file that is broken
+        if not weights:
+            raise
+        fail(f"--pretrained: no {weights.url} in {torch.hub.get_dir()}/checkpoints ({first_line(error)})")
 
 
 # ---------------------------------------------------------------------------- loaders
@@ -358,6 +367,8 @@ def train(train_loader, model, criterion, optimizer, epoch, args):
         loss.backward()
         optimizer.step()
 
+        if i % args.print_freq == 0:
+            loss.item()  # waits for the device, or its work would count as waiting for the next batch
         batch_time.update(time.time() - end)
         end = time.time()
         if i % args.print_freq == 0:
@@ -419,11 +430,18 @@ def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best):
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
     }
-    torch.save(state, "checkpoint.pth.tar.partial")
-    if is_best:
-        shutil.copyfile("checkpoint.pth.tar.partial", "model_best.pth.tar.partial")
-        os.replace("model_best.pth.tar.partial", "model_best.pth.tar")
-    os.replace("checkpoint.pth.tar.partial", "checkpoint.pth.tar")
+    last, best = "checkpoint.pth.tar", "model_best.pth.tar"
+    try:  # the one before stays until the new one is whole
+        torch.save(state, f"{last}.partial")
+        if is_best:
+            shutil.copyfile(f"{last}.partial", f"{best}.partial")
+            os.replace(f"{best}.partial", best)
+        os.replace(f"{last}.partial", last)
+    except (OSError, RuntimeError) as error:
+        for name in (last, best):
+            if os.path.exists(f"{name}.partial"):
+                os.unlink(f"{name}.partial")
+        fail(f"{os.getcwd()}: can't write {last} there ({first_line(error)})")
 
 
 def load_checkpoint(args, net, optimizer, scheduler):
@@ -493,7 +511,7 @@ BROKEN = (OSError, ValueError, MemoryError, OverflowError, tarfile.TarError)  # 
 
 
 class DeviceLoader:
-    """A loader whose batches are on the device and normalised, as the training loop of main-orig.py takes them."""
+    """Brings a loader's uint8 batches to the device and normalises them there; others pass as they are."""
 
     def __init__(self, loader, device):
         self.loader, self.device = loader, device
@@ -504,11 +522,15 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self):
+        count = 0
         for images, target in self.loader:
+            count += len(target)
             if images.dtype == torch.uint8:  # (B, H, W, 3), one byte a channel up to here
                 images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
                 images = (images - self.mean) / self.std
             yield images, target
+        if isinstance(self.sampler, Shards) and count != self.sampler.num_samples():
+            fail(f"{count} samples came from the shards, but the index says {self.sampler.num_samples()} for this rank")
 
 
 def make_train_loader_wds(args):
@@ -557,8 +579,11 @@ class Shards(IterableDataset):
         epoch = None if self.epoch < 0 else int(self.epoch)
         return plan(self.lengths, epoch, self.seed, self.rank, self.world_size, worker, num_workers, self.batch_size)
 
+    def num_samples(self):
+        return sum(last - first for _, first, last in self.pieces(0, 1))
+
     def __len__(self):
-        return math.ceil(sum(last - first for _, first, last in self.pieces(0, 1)) / self.batch_size)
+        return math.ceil(self.num_samples() / self.batch_size)
 
     def __iter__(self):
         info = get_worker_info()
@@ -720,7 +745,9 @@ def read_json(url):
     try:
         with open_stream(url) as stream:
             return json.loads(stream.read() or "null")
-    except OSError:
+    except OSError as error:
+        if is_local(url) and os.path.lexists(url):
+            fail(f"{url}: {first_line(error)}")
         return None
 
 

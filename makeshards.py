@@ -188,7 +188,7 @@ def read_index(args, classes):
     try:
         with open(path) as file:
             index = json.load(file)
-        same = index["splits"] is not None and index["classes"] == classes
+        same = isinstance(index["splits"], dict) and index["classes"] == classes
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{path}: not an index that this script wrote ({error}); give another --shards")
     if not same:
@@ -218,13 +218,13 @@ def is_there(args, index, split, plan):
 
 def publish(args, partial, index):
     """Move the whole shards to their names, and then the index, so that an index never names what is not there."""
-    for filename in sorted(os.listdir(partial)):
-        os.replace(os.path.join(partial, filename), os.path.join(args.shards, filename))
+    filenames = sorted(os.listdir(partial))
     with open(os.path.join(partial, INDEX), "w") as file:
         json.dump(index, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(os.path.join(partial, INDEX), os.path.join(args.shards, INDEX))
+    for filename in [*filenames, INDEX]:
+        os.replace(os.path.join(partial, filename), os.path.join(args.shards, filename))
 
 
 if __name__ == "__main__":

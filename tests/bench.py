@@ -58,9 +58,11 @@ def prepare(wanted):
         made = not os.path.lexists("shards")
         if made:
             os.mkdir("shards")
-        subprocess.run([python, os.path.join(ROOT, "makeshards.py")], check=False)  # it says itself what is wrong
-        if made and not os.listdir("shards"):
-            os.rmdir("shards")
+        try:
+            subprocess.run([python, os.path.join(ROOT, "makeshards.py")], check=False)  # it says itself what is wrong
+        finally:
+            if made and not os.listdir("shards"):
+                os.rmdir("shards")
     there = {"wds": os.path.exists("shards/_info.json"), "orig": os.path.isdir("data/train")}
     for name, folder in (("wds", "shards in ./shards"), ("orig", "folders of images in ./data")):
         if len(wanted) == 2 and not there[name]:
@@ -103,7 +105,7 @@ def train(dataset, rest, steps):
                 break
         process.stdout.close()
         status = process.wait()
-        if not times or (status and not steps):
+        if not times or (status and len(times) != steps):
             errors.seek(0)
             sys.stderr.write(errors.read())
             fail(f"this run ended with status {status}: {shlex.join(command + rest)}")

@@ -20,7 +20,7 @@ def run(script, *args, cwd, status=0, env=None, timeout=300):
 
 
 def run_command(command, *, cwd, status=0, env=None, timeout=300):
-    environment = {**os.environ, **(env or {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}  # the tests are many, and the cores few
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == status, f"{command}\nstatus {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr

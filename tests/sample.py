@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 CLASSES = {
@@ -146,8 +147,8 @@ def write_sample(args):
     from tqdm import tqdm
 
     names = list(file_names(args.train, args.val))
-    folder = f"{args.data.rstrip('/')}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=".sample-", dir=os.path.dirname(os.path.abspath(args.data)))
+    os.chmod(folder, 0o755)
     try:
         with ProcessPoolExecutor() as pool:
             writer = functools.partial(write_image, folder=folder, seed=args.seed)
@@ -192,8 +193,9 @@ def remove(folder, names):
     for name in names:
         if os.path.exists(os.path.join(folder, name)):
             os.unlink(os.path.join(folder, name))
-    for path, _, _ in os.walk(folder, topdown=False):
-        if not os.listdir(path):
+    for parent in sorted({os.path.dirname(name) for name in names} | {"train", "val", ""}, key=len, reverse=True):
+        path = os.path.join(folder, parent)
+        if os.path.isdir(path) and not os.listdir(path):
             os.rmdir(path)
     print(f"{folder}: {'kept, for it holds other files too' if os.path.exists(folder) else 'removed'}")
 

@@ -97,18 +97,34 @@ def test_two_processes_train_what_one_does(small, tmp_path):
         assert torch.allclose(value, weights[2][0][name], atol=1e-4), name
 
 
-def test_two_nodes(small, tmp_path):
+@pytest.mark.parametrize("start", ["spawn", "torchrun"])
+def test_two_nodes(start, small, tmp_path):
     """Two launchers on one machine, each with two processes: four ranks of one group, whose output rank 0 prints."""
-    args = [*FAST, "--shards", small / "shards", "--image-size", 64]
-    ddp = ["--multiprocessing-distributed", "--world-size", 2, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    args, port = [*FAST, "--shards", small / "shards", "--image-size", 64], free_port()
+    before, after = [], ["--multiprocessing-distributed", "--world-size", 2, "--dist-url", f"tcp://127.0.0.1:{port}"]
+    if start == "torchrun":  # as README.md types it
+        before, after = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"], []
+        before += [f"--rdzv-endpoint=localhost:{port}"]
     nodes = []
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
-        command = [sys.executable, str(ROOT / "main-wds.py"), *map(str, [*args, *ddp, "--rank", rank])]
+        rest = [*before, ROOT / "main-wds.py", *args, *after, *(["--rank", rank] if after else [])]
+        command = [sys.executable, *map(str, rest)]
         nodes.append(subprocess.Popen(command, cwd=tmp_path / str(rank), stdout=subprocess.PIPE, text=True))
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    outputs = sorted((node.communicate(timeout=300)[0] for node in nodes), key=len)
     assert [node.returncode for node in nodes] == [0, 0]
-    found = checked(outputs[0], steps=3)  # 80 samples, 20 a rank, 8 a batch
-    assert outputs[1] == "" and not (tmp_path / "1" / "checkpoint.pth.tar").exists()
-    stdout, _ = run("main-wds.py", *args, "--resume", "0/checkpoint.pth.tar", "--evaluate", cwd=tmp_path)
+    found = checked(outputs[1], steps=3)  # 80 samples, 20 a rank, 8 a batch
+    written = list(tmp_path.glob("*/checkpoint.pth.tar"))
+    assert outputs[0] == "" and len(written) == 1
+    stdout, _ = run("main-wds.py", *args, "--resume", written[0], "--evaluate", cwd=tmp_path)
     assert summary(stdout) == [found[0]]
+
+
+def test_as_many_steps_from_shards_as_from_folders(small, tmp_path):
+    """80 samples, which neither 3 ranks nor batches of 7 divide: an epoch of 27 samples a rank, in 4 steps."""
+    args = ["-a", "shufflenet_v2_x0_5", "-j", 3, "-b", 21, "--epochs", 1, "--image-size", 32, "-p", 1]
+    args += ["--data", small / "data", "--shards", small / "shards"]
+    for dataset in ("orig", "wds"):
+        stdout = torchrun(3, "main-wds.py", *args, "--dataset", dataset, cwd=tmp_path)
+        assert re.findall(r"Epoch: \[0\]\[(\d/\d)\]", stdout) == ["1/4", "2/4", "3/4", "4/4"]
+        assert len(summary(stdout)) == 1

@@ -31,6 +31,7 @@ def copy(small, tmp_path):
         ("main-orig.py", ["--bogus"], "--bogus"),
         ("main-wds.py", ["--dataset", "zip"], "zip"),
         ("main-wds.py", ["--world-size", "2"], "--rank"),
+        ("main-wds.py", ["--rank", "1"], "--world-size"),
         ("main-wds.py", ["-b", "1", "--multiprocessing-distributed"], "too few for the 2"),
     ],
 )
@@ -128,6 +129,19 @@ def test_more_ranks_than_samples(tmp_path):
     for args in (["main-orig.py", "data"], ["main-wds.py"]):
         message = error_of(*args, *FAST, *ddp, cwd=tmp_path)
         assert message == f"{args[0]}: 2 ranks but 1 training samples: start fewer processes"
+
+
+def test_a_checkpoint_that_cannot_be_written(small, tmp_path):
+    """A folder in its place; then nothing half-written is left."""
+    (tmp_path / "checkpoint.pth.tar").mkdir()
+    args = [*FAST, "--shards", small / "shards", "--image-size", 32]
+    assert "can't write checkpoint.pth.tar" in error_of("main-wds.py", *args, cwd=tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_ranks_cannot_meet(small, tmp_path):
+    args = [*FAST, "--shards", small / "shards", "--multiprocessing-distributed", "--dist-url", "pigeon://here"]
+    assert "--dist-url pigeon://here" in error_of("main-wds.py", *args, cwd=tmp_path)
 
 
 def test_no_network_for_pretrained(tmp_path):
