@@ -696,7 +696,7 @@ def list_shards(args, split):
             known.update(read_index(folder) or {})
         lengths = count_samples(urls, known, size, split)
     else:
-        known = read_index(f"{args.shards}/", "train" if split == "train" else "validation")
+        known = read_index(args.shards.rstrip("/") + "/", "train" if split == "train" else "validation")
         if known is None:
             fail(f"--shards {args.shards}: no {INDEX} there; write shards with makeshards.py, or give --{split}shards")
         urls, lengths = list(known), list(known.values())
@@ -796,7 +796,7 @@ def read_shard(url, first, last, length):
     except BROKEN as error:
         raise DataError(f"{url}: broken after {found} of its {length} samples ({first_line(error)})") from error
     if found != length:
-        raise DataError(f"{url}: {found} samples, but {length} were expected by its index")
+        raise DataError(f"{url}: {found} samples, but {length} were expected by its index or --trainsize")
 
 
 def tar_samples(stream, first):
@@ -830,7 +830,7 @@ def tar_samples(stream, first):
 
 
 def open_stream(url):
-    """A local file, or what webdataset opens: http(s):, s3:, gs:, pipe: and the like."""
+    """A local file, or what webdataset opens: http(s):, gs:, pipe: and the like."""
     return open(url, "rb") if is_local(url) else wds.gopen(url)
 
 
