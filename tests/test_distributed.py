@@ -64,8 +64,8 @@ def test_any_number_of_ranks_evaluates_the_same(small, tmp_path):
     folders = ["--data", small / "data", "--shards", small / "shards", "--image-size", 64]
     run("main-wds.py", *FAST, *folders, cwd=tmp_path)
     results = {}
-    for dataset, counts in (("orig", (1, 3)), ("wds", (1, 2, 3, 5))):
-        for ranks in counts:
+    for dataset in ("orig", "wds"):
+        for ranks in (1, 2, 3, 5):
             args = [*FAST, *folders, "--dataset", dataset, "--resume", "checkpoint.pth.tar", "--evaluate"]
             args[args.index("-b") + 1] = 4 * ranks
             stdout = torchrun(ranks, "main-wds.py", *args, cwd=tmp_path)
