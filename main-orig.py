@@ -32,7 +32,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
@@ -269,8 +269,10 @@ def make_loader(args, dataset, **order):
 def open_folder(args, split):
     """DIR/train or DIR/val as torchvision's ImageFolder, whose classes are the sorted names of the class folders."""
     transform = make_transform(args, split)
-    if args.dummy:
-        return datasets.FakeData(TRAIN_SIZE if split == "train" else VAL_SIZE, (3, 224, 224), NUM_CLASSES, transform)
+    if args.dummy:  # one image of noise again and again, so that no time goes into making it
+        image = transform(Image.frombytes("RGB", (224, 224), random.randbytes(3 * 224 * 224)))
+        size = TRAIN_SIZE if split == "train" else VAL_SIZE
+        return TensorDataset(image.expand(size, *image.shape), torch.arange(size) % NUM_CLASSES)
     try:
         dataset = datasets.ImageFolder(os.path.join(args.data, split), transform, loader=read_file)
         classes, _ = datasets.folder.find_classes(os.path.join(args.data, "train"))

@@ -3,7 +3,8 @@
 
     python tests/seen.py --ranks 2 --cases '[{"workers": 3}, {"workers": 0, "seed": null}]' --shards DIR --epochs 2
 
-The options are main-wds.py's and these two. A case is what it changes in them, or the workers' start_method.
+The options are main-wds.py's and these two. A case is what it changes in them, the workers'
+start_method, or the seconds that each batch is in hand.
 Prints JSON: for each case and rank {"len": {split: len(loader)}, "train": epochs, "val": epochs}. An epoch is a list of
 batches, a batch one of samples, and a sample [number, draw, pid]: the number that stands for its image, what the
 augmentation would draw, and the process that it was loaded by.
@@ -12,7 +13,9 @@ augmentation would draw, and the process that it was loaded by.
 import argparse
 import json
 import os
+import random
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -22,12 +25,13 @@ from conftest import load
 
 def number_draw_pid(file):
     _, data = file
-    return torch.tensor([int(data), int(torch.randint(1 << 30, ())), os.getpid()])
+    draw = random.getrandbits(20) << 20 | int(torch.randint(1 << 20, ()))  # the two decoders' augmentations draw so
+    return torch.tensor([int(data), draw, os.getpid()])
 
 
 def run(args):
     """In place of main-wds.py's own: the same loop over the same loaders, for each case."""
-    ranks = [see(argparse.Namespace(**{**vars(args), **case})) for case in args.cases]
+    ranks = [see(argparse.Namespace(**{"hold": 0, **vars(args), **case})) for case in args.cases]
     ranks, mine = [ranks] * args.world_size, ranks
     if args.distributed:
         dist.all_gather_object(ranks, mine)
@@ -45,7 +49,10 @@ def see(args):
         main_wds.set_seed(args, epoch)
         train_loader.sampler.set_epoch(epoch)
         for split, loader in (("train", train_loader), ("val", val_loader)):
-            seen[split].append([samples.tolist() for samples, _ in loader])
+            seen[split].append([])
+            for samples, _ in loader:
+                time.sleep(args.hold)  # the workers go on meanwhile
+                seen[split][-1].append(samples.tolist())
     return seen
 
 

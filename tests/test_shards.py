@@ -126,6 +126,13 @@ def test_seeds_and_ways_to_start_workers(seen):
     assert all({*train[i][0], *train[i][1]} == set(range(47)) for train in trains for i in (0, 2))
 
 
+def test_a_batch_stays_as_it_is_while_it_is_in_hand(seen):
+    """However long: the workers, who use their memory again and again, fill that of others meanwhile."""
+    cases = [{"workers": workers, "shuffle": 1, "hold": hold} for workers in (1, 2) for hold in (0, 0.1)]
+    runs = [[column(epoch) for epoch in (*rank["train"], *rank["val"])] for (rank,) in seen(1, cases)]
+    assert runs[0] == runs[1] and runs[2] == runs[3]
+
+
 # ---------------------------------------------------------------------------- reading
 
 
