@@ -15,6 +15,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 
 import torch
@@ -31,8 +32,12 @@ def number_draw_pid(file):
 
 def run(args):
     """In place of main-wds.py's own: the same loop over the same loaders, for each case."""
-    ranks = [see(argparse.Namespace(**{"hold": 0, **vars(args), **case})) for case in args.cases]
-    ranks, mine = [ranks] * args.world_size, ranks
+    mine = []
+    for case in args.cases:
+        mine.append(see(argparse.Namespace(**{"hold": 0, **vars(args), **case})))
+        for thread in set(threading.enumerate()) - {threading.main_thread()}:
+            thread.join(5)  # of the loaders before: in Python 3.11 a fork while a thread ends may hang
+    ranks = [mine] * args.world_size
     if args.distributed:
         dist.all_gather_object(ranks, mine)
     if args.rank == 0:

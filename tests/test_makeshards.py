@@ -1,5 +1,6 @@
 """makeshards.py: what it writes, that it writes the same each time, and what it refuses."""
 
+import io
 import json
 import os
 import resource
@@ -8,10 +9,13 @@ import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
+import webdataset as wds
 from conftest import ROOT, error_of, load, run
 from PIL import Image
 from torchvision import datasets
+from torchvision.transforms import v2
 
 
 def members(folder, split):
@@ -78,7 +82,7 @@ def test_imagenet_has_1282_and_50_shards():
     makeshards, pair = load("makeshards.py"), load("main-orig.py")
 
     class Args:
-        maxcount, seed, filekey = 1000, 0, False
+        maxcount, seed, filekey, resize = 1000, 0, False, None
 
     class Folder:
         root = ""
@@ -109,6 +113,17 @@ def test_same_bytes_each_time_and_another_seed_another_order(pets):
     size = (pets / "shards" / "imagenet-val-000000.tar").stat().st_size
     blocks = sum(2 + (len(data) - 1) // 512 for _, data in members(pets / "shards", "val")[:8])
     assert size == -(-(blocks + 2) * 512 // 10240) * 10240
+
+
+@pytest.mark.parametrize("name", ["0000001.jpg", "a" * 99, "b" * 100, "c" * 101, "d" * 250, "\u00e9\u65e5", "\udcff"])
+def test_members_are_as_webdataset_writes_them(name):
+    for data in (b"", b"1", bytes(512), os.urandom(1000)):
+        file = io.BytesIO()
+        with wds.TarWriter(file, user="", group="", compress=False, encoder=False, mtime=0) as shard:
+            shard.write({"__key__": name, "cls": data, "jpg": b"next"})
+        member = load("makeshards.py").member
+        both = b"".join([*member(f"{name}.cls", data), *member(f"{name}.jpg", b"next")])
+        assert file.getvalue().startswith(both) and not any(file.getvalue()[len(both) :])
 
 
 def test_again_is_nothing_to_do_and_splits_come_one_by_one(pets):
@@ -158,7 +173,7 @@ def test_refusals(case, pets):
         "empty class": "dog",
         "classes": "bird",
         "empty file": "cat/cat_1.jpg: not a readable image (it is empty)",
-        "text": "cat/cat_1.jpg: not a readable image",
+        "text": "cat/cat_1.jpg: not a readable image (Pillow finds no image in it); mend it",
         "no shards": "mkdir ./shards",
     }[case]
     if case == "no data":
@@ -208,3 +223,214 @@ def test_a_destination_that_is_full_is_left_empty(pets):
     os.rmdir(pets / "shards")
     (pets / "shards").write_text("a file")
     assert "shards" in error_of("makeshards.py", cwd=pets)
+
+
+# ---------------------------------------------------------------------------- --resize
+
+
+def smooth(size, mode="RGB"):
+    """An image of slow changes in every channel, so that its pixels stay near however it is scaled and encoded."""
+    x, y = (np.linspace(0, 1, side) for side in size)
+    x, y = x[None, :], y[:, None]
+    planes = [40 + 150 * x + 0 * y, 210 - 130 * y + 0 * x, 60 + 120 * x * y]
+    image = Image.fromarray(np.stack(planes, 2).round().astype(np.uint8))
+    if mode == "I;16":
+        return Image.fromarray((planes[0] * 256).astype(np.uint16))
+    return image.convert(mode)
+
+
+KINDS = {  # name: (size, size when the shorter side is to be 48, mode, how it is saved)
+    "wide.jpg": ((173, 96), (86, 48), "RGB", {"quality": 95}),
+    "tall.jpg": ((96, 173), (48, 86), "RGB", {"quality": 95}),
+    "square.jpg": ((49, 49), (48, 48), "RGB", {"quality": 95}),
+    "huge.jpg": ((1001, 777), (61, 48), "RGB", {"quality": 95}),  # decoded at a quarter of its size
+    "progressive.jpg": ((300, 200), (72, 48), "RGB", {"progressive": True}),
+    "cmyk.jpg": ((450, 300), (72, 48), "CMYK", {"quality": 95}),
+    "grey.jpg": ((450, 300), (72, 48), "L", {"quality": 95}),
+    "png.jpg": ((200, 100), (96, 48), "RGB", {"format": "PNG"}),  # ImageNet has one of that name
+    "deep.png": ((200, 100), (96, 48), "I;16", {}),
+    "palette.png": ((200, 100), (96, 48), "P", {}),
+    "alpha.png": ((200, 100), (96, 48), "RGBA", {}),
+    "bits.png": ((200, 100), (96, 48), "1", {}),
+    "just.jpg": ((300, 48), None, "RGB", {}),  # and those that are not scaled
+    "small.jpg": ((47, 40), None, "RGB", {}),
+    "small_cmyk.jpg": ((40, 30), None, "CMYK", {}),
+    "small.png": ((40, 30), None, "P", {}),
+    "cut_short.jpg": ((40, 30), None, "RGB", {}),  # of which only the header is read
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """data/ with each kind of image in either class and split; their shards in plain/ and, at 48 pixels, in scaled/."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (folder / "data" / place).mkdir(parents=True)
+        for name, (size, _, mode, how) in KINDS.items():
+            path = folder / "data" / place / name
+            smooth(size, mode).save(path, **how)
+            if name == "cut_short.jpg":
+                path.write_bytes(path.read_bytes()[:-20])
+    for shards, *options in (("plain",), ("scaled", "--resize", 48), ("again", "--resize", 48, "--quality", 90)):
+        (folder / shards).mkdir()
+        run("makeshards.py", "--shards", shards, "--maxcount", 9, *options, cwd=folder)
+    return folder
+
+
+def by_path(folder, shards, split):
+    """{path of the file below the split's folder: the bytes of its KEY.jpg}."""
+    imgs = datasets.ImageFolder(folder / "data" / split).imgs
+    images = [(int(name[:-4]), data) for name, data in members(folder / shards, split) if name.endswith(".jpg")]
+    return {os.path.relpath(imgs[key][0], folder / "data" / split): data for key, data in images}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_resize_scales_the_large_ones_and_leaves_the_others_alone(kinds, split):
+    found = by_path(kinds, "scaled", split)
+    assert len(found) == 2 * len(KINDS)
+    for path, data in found.items():
+        _, size, mode, _ = KINDS[os.path.basename(path)]
+        original = (kinds / "data" / split / path).read_bytes()
+        if size is None:
+            assert data == original, path
+            continue
+        with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(original)) as source:
+            expected = v2.Resize(48, v2.InterpolationMode.BICUBIC)(source.convert("RGB"))
+            assert (image.format, image.mode) == ("JPEG", "L" if mode == "L" else "RGB"), path
+            assert image.size == size == expected.size, path
+            far = np.abs(np.asarray(image.convert("RGB"), float) - np.asarray(expected, float))
+            assert far.mean() < (6 if mode in ("1", "P") else 1), (path, far.mean())  # those two are dithered
+
+
+def test_resize_leaves_keys_classes_and_order_alone(kinds):
+    for split in ("train", "val"):
+        plain, scaled = (members(kinds / shards, split) for shards in ("plain", "scaled"))
+        assert [name for name, _ in plain] == [name for name, _ in scaled]
+        pairs = list(zip(plain, scaled, strict=True))
+        assert all(one == other for one, other in pairs if one[0].endswith(".cls"))
+        changed = sum(one != other for one, other in pairs)
+        assert changed == 2 * sum(size is not None for _, size, _, _ in KINDS.values())
+
+
+def test_resize_in_the_index_and_the_same_bytes_twice(kinds):
+    infos = {name: json.loads((kinds / name / "_info.json").read_text()) for name in ("plain", "scaled", "again")}
+    for entry, plain in zip(infos["scaled"]["splits"].values(), infos["plain"]["splits"].values(), strict=True):
+        assert entry["resize"] == {"shorter_side": 48, "quality": 90} and plain["resize"] is None
+        assert {**entry, "resize": None} == plain
+    names = sorted(os.listdir(kinds / "scaled"))
+    assert names == sorted(os.listdir(kinds / "again")) and len(names) == 9
+    for name in names:
+        assert (kinds / "scaled" / name).read_bytes() == (kinds / "again" / name).read_bytes(), name
+
+
+def noise(size, cell, seed=0):
+    """Random colours in squares of `cell` pixels: fine ones turn grey when well scaled, and alias when not."""
+    cells = np.random.default_rng(seed).integers(0, 256, (size[1] // cell, size[0] // cell, 3), np.uint8)
+    return Image.fromarray(cells.repeat(cell, 0).repeat(cell, 1))
+
+
+def test_resize_is_antialiased_and_keeps_colour(pets):
+    """Fine noise averages out, coarse colour survives, and a JPEG that is decoded smaller differs little."""
+    places = [pets / "data/val/cat" / f"cat_{i}.{end}" for i, end in enumerate(("png", "png", "jpg"))]
+    for path in (pets / "data/val/cat").iterdir():
+        path.unlink()
+    noise((960, 640), 1).save(places[0])
+    noise((960, 640), 40).save(places[1])
+    noise((960, 640), 40).save(places[2], quality=98, subsampling="4:4:4")
+    run("makeshards.py", "--resize", 64, "--quality", 98, cwd=pets)
+    for path, data in by_path(pets, "shards", "val").items():
+        if path.startswith("cat"):
+            with Image.open(pets / "data/val" / path) as source, Image.open(io.BytesIO(data)) as image:
+                expected = np.asarray(source.resize(image.size, Image.Resampling.BICUBIC), float)
+                assert np.abs(np.asarray(image, float) - expected).mean() < 4, path
+                assert path != "cat/cat_0.png" or np.asarray(image, float).std() < 20
+
+
+def test_quality(pets):
+    """It is the encoder's: a higher one gives larger files, and all the encoder's tables are those of Pillow's."""
+    for split in ("train", "val"):
+        for i, pet in enumerate(("cat", "dog")):
+            noise((120, 90), 3, i).save(pets / "data" / split / pet / f"{pet}_0.jpg")
+    sizes = []
+    for quality in (1, 50, 100):
+        (pets / f"q{quality}").mkdir()
+        run("makeshards.py", "--shards", f"q{quality}", "--resize", 64, "--quality", quality, cwd=pets)
+        data = by_path(pets, f"q{quality}", "val")["cat/cat_0.jpg"]
+        reference = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=quality, subsampling="4:4:4")
+        with Image.open(io.BytesIO(data)) as image, Image.open(reference) as expected:
+            assert image.quantization == expected.quantization and image.layer == expected.layer  # 4:4:4 too
+        sizes.append(len(data))
+    assert sizes == sorted(set(sizes))
+
+
+def test_resize_drops_metadata(pets):
+    """A turned photograph stays as it lies in the file, as training reads it, and says nothing of turning."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "SECRET words"  # Orientation, ImageDescription
+    rest = {"icc_profile": b"SECRET profile", "comment": b"SECRET comment", "dpi": (300, 300), "xmp": b"SECRET xmp"}
+    path = pets / "data/val/cat/cat_0.jpg"
+    smooth((300, 150)).save(path, quality=95, exif=exif, **rest)
+    assert path.read_bytes().count(b"SECRET") == 4
+    run("makeshards.py", "--resize", 64, cwd=pets)
+    data = by_path(pets, "shards", "val")["cat/cat_0.jpg"]
+    with Image.open(io.BytesIO(data)) as image, Image.open(path) as source:
+        assert image.size == (128, 64) and not image.getexif()
+        assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        assert b"SECRET" not in data and b"Exif" not in data
+        expected = np.asarray(source.resize((128, 64)), float)
+        assert np.abs(np.asarray(image, float) - expected).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--quality", 90], "--quality 90: only images that --resize scales are encoded; give --resize too"),
+        (["--quality", 0], "--quality 0: only images that --resize"),
+        (["--resize", 0], "--resize 0: it must be at least 1"),
+        (["--resize", -5, "--quality", 90], "--resize -5: it must be at least 1"),
+        (["--resize", 64, "--quality", 0], "--quality 0: it must be 1 to 100"),
+        (["--resize", 64, "--quality", 101], "--quality 101: it must be 1 to 100"),
+        (["--resize", "half"], "--resize"),
+    ],
+)
+def test_wrong_resize(args, message, pets):
+    assert message in error_of("makeshards.py", *args, cwd=pets)
+    assert nothing_written(pets / "shards")
+
+
+def test_shards_of_another_resize_are_left_alone(pets):
+    run("makeshards.py", "--resize", 20, "--splits", "train", cwd=pets)
+    before = {path.name: path.read_bytes() for path in (pets / "shards").iterdir()}
+    theirs = "its train shards were written with --resize 20 --quality 90, not with "
+    for options, ours in (
+        ([], "no --resize"),
+        (["--resize", 21], "--resize 21 --quality 90"),
+        (["--resize", 20, "--quality", 80], "--resize 20 --quality 80"),
+    ):
+        assert f"{theirs}{ours}; take them away" in error_of("makeshards.py", *options, cwd=pets)
+    assert before == {path.name: path.read_bytes() for path in (pets / "shards").iterdir()}
+    stdout, _ = run("makeshards.py", "--resize", 20, cwd=pets)
+    assert stdout.splitlines() == ["train: 1 shards, 6 samples already there", "val: 1 shards, 6 samples written"]
+    (pets / "plain").mkdir()
+    run("makeshards.py", "--shards", "plain", cwd=pets)
+    message = error_of("makeshards.py", "--shards", "plain", "--resize", 20, cwd=pets)
+    assert "written with no --resize, not with --resize 20 --quality 90" in message
+    info = json.loads((pets / "plain/_info.json").read_text())
+    for entry in info["splits"].values():  # as written before there was a --resize
+        del entry["resize"]
+    (pets / "plain/_info.json").write_text(json.dumps(info))
+    stdout, _ = run("makeshards.py", "--shards", "plain", cwd=pets)
+    assert stdout.count("already there") == 2
+
+
+def test_a_large_image_that_cannot_be_decoded(pets):
+    """Without --resize only its header is read; with it, one line names the path and nothing is left."""
+    path = pets / "data/val/dog/dog_2.jpg"
+    noise((300, 200), 1).save(path, quality=95)
+    path.write_bytes(path.read_bytes()[:20000])
+    message = error_of("makeshards.py", "--resize", 64, cwd=pets)
+    assert "dog/dog_2.jpg: not a readable image (image file is truncated" in message
+    assert os.listdir(pets / "shards") == []
+    run("makeshards.py", cwd=pets)
+    assert by_path(pets, "shards", "val")["dog/dog_2.jpg"] == path.read_bytes()
