@@ -10,7 +10,8 @@
 A sample is two files of the tar: KEY.jpg, the image file's own bytes, and KEY.cls, its class as a decimal number. The
 class is torchvision's: the place of the image's folder among the sorted class folders. KEY is the place of the image
 in torchvision.datasets.ImageFolder. Training samples are written in random order, drawn from --seed over the whole
-split, so that a shard is itself a random sample. The same folders and options give the same bytes.
+split, so that a shard is itself a random sample. The same folders and options give the same bytes; with --resize, the
+same version of Pillow too.
 
 With --resize N an image whose shorter side is above N pixels is scaled and encoded anew; the others stay as they are.
 """

@@ -1,41 +1,62 @@
 #!/usr/bin/env python3
-"""Train main-wds.py from shards and from folders in turn, several times, and print a table that compares them.
+"""Measure what shards give: loading alone, then training, from shards and from folders in turn.
 
-    ./run bench                                                 on ./data and ./shards, or on a sample made for it
-    ./run bench --repeats 7 --epochs 1 -a resnet50 -j 16        with other arguments for main-wds.py
-    ./run bench --steps 500 -a resnet50 -b 256 -j 16            on ImageNet: the first 500 steps of an epoch
-    ./run bench --decode pil                                    the shards' share alone: one decoder for both
+    ./run bench                                  on ./data and ./shards, or on a sample made for it
+    ./run bench --quick                          loading only, on few images: within two minutes
+    ./run bench --only loading -j 16             the loaders without a network, with 16 workers
+    ./run bench --only loading --cold            from the disk: for data that does not fit in memory
+    ./run bench --only training --steps 500 -a resnet50 -b 256 -j 16      on ImageNet: an epoch's first 500 steps
+    ./run bench --decode pil                     one decoder for all: what the shards alone give
 
-"wds" reads shards with main-wds.py's own decoder, "orig" reads folders with the original's, unless --decode is given.
-Each run is a process of its own. Images/s are those of whole epochs, training included, from the first batch's wait to
-the last step; validation and the start of Python are not in it. One run of each is a warm-up and not counted.
+Loading: each way of reading by itself, `dummy` (a loader that reads and decodes nothing) and the ceiling (decoding and
+augmenting the same files' bytes in memory, a process a worker, without a loader). Training: main-wds.py, from shards
+with its own decoder and from folders with the original's, unless --decode is given; a process and an epoch each.
+
+All take turns, round by round; the first round warms up and is not counted. Ratios are taken within a round, and their
+median told with the lowest and the highest. Images/s count from the start of the workers, in training from the first
+batch's wait, to the last batch. bench.json gets a record of each run, bench.png a chart.
+
+--cold drops the files that a run will read from memory; what else the system keeps, as the folders' listings, stays.
+Of a dataset larger than --images a run reads files drawn at random, or whole shards: more --images tell more there.
 """
 
 import argparse
+import functools
+import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
+import random
 import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
+import time
+from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import Barrier
 
-import torch
 from sample import BATCH_SIZE, MARK, TRAINING
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DECODERS = {"wds": "tensor", "orig": "pil"}
+INDEX = "_info.json"
+DECODERS = {"orig": "pil", "wds": "tensor"}  # in training
+QUICK = 40  # training images a class in its sample
 METER = r"\t{} +(\S+) \( *(\S+)\)"  # value (average)
 STEP = re.compile(r"Epoch: \[\d+\]\[ *\d+/(\d+)\]" + "".join(map(METER.format, ("Time", "Data", "Loss", "Acc@1"))))
 
+COLUMNS = [("first_batch", "11.2f", " s"), ("waiting", "8.1%", ""), ("train_loss", "12.3f", ""), ("acc1", "7.1f", "")]
+Row = namedtuple("Row", "name dataset decode options")  # what is measured; options are main-wds.py's
+Result = namedtuple("Result", "part rows runs workers")  # of a part; runs are the records
 
-def say(line):
+
+def say(line=""):
     print(line, flush=True)
 
 
@@ -44,55 +65,266 @@ def fail(message):
     sys.exit(2)
 
 
+@functools.cache
+def script():
+    """main-wds.py as a module, for its loaders. Imports PyTorch, so that it comes when it is needed."""
+    spec = importlib.util.spec_from_file_location("main_wds", os.path.join(ROOT, "main-wds.py"))
+    sys.modules["main_wds"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["main_wds"])
+    return sys.modules["main_wds"]
+
+
 # ---------------------------------------------------------------------------- what there is to measure
 
 
 def prepare(wanted):
-    """Make what is missing of ./data and ./shards, and return which of the wanted datasets there are."""
-    python, tests = sys.executable, os.path.join(ROOT, "tests")
-    if not os.path.lexists("data") and not os.path.exists("shards/_info.json"):
+    """Make what is missing of ./data and ./shards, and return the folders of the wanted datasets that there are."""
+    if not os.path.lexists("data") and not os.path.exists(f"shards/{INDEX}"):
         say("no ./data here: making a small sample in ImageNet's format (./run clean takes it away)")
-        subprocess.run([python, os.path.join(tests, "sample.py")], check=True)
-    if "wds" in wanted and os.path.exists("data") and not os.path.exists("shards/_info.json"):
+        call("tests/sample.py")
+    if "wds" in wanted and os.path.exists("data") and not os.path.exists(f"shards/{INDEX}"):
         say("no shards in ./shards: making them from ./data")
         made = not os.path.lexists("shards")
         if made:
             os.mkdir("shards")
         try:
-            subprocess.run([python, os.path.join(ROOT, "makeshards.py")], check=False)  # it says itself what is wrong
+            call("makeshards.py", check=False)  # it says itself what is wrong
         finally:
             if made and not os.listdir("shards"):
                 os.rmdir("shards")
-    there = {"wds": os.path.exists("shards/_info.json"), "orig": os.path.isdir("data/train")}
+    there = {"orig": os.path.isdir("data/train"), "wds": os.path.exists(f"shards/{INDEX}")}
     for name, folder in (("wds", "shards in ./shards"), ("orig", "folders of images in ./data")):
         if len(wanted) == 2 and not there[name]:
             say(f"there are no {folder}: measuring the other dataset alone")
-    datasets = [name for name in wanted if there[name]]
-    if len(datasets) == 2:
-        check_same()
-    return datasets or fail("neither ./data nor ./shards holds anything to measure")
+    folders = {name: folder for name, folder in (("orig", "data"), ("wds", "shards")) if there[name] and name in wanted}
+    if len(folders) == 2:
+        check_same(folders)
+    return folders or fail("neither ./data nor ./shards holds anything to measure")
 
 
-def check_same():
-    with open("shards/_info.json") as file:
-        index = json.load(file)
-    folders = sorted(entry.name for entry in os.scandir("data/train") if entry.is_dir())
-    if index.get("classes", folders) != folders:
+def prepare_quick(wanted, scratch):
+    """The folders of a sample that is smaller than ./data's and made for this run alone."""
+    say(f"making a sample of {10 * QUICK} images in a temporary folder")
+    folders = {"orig": f"{scratch}/data", "wds": f"{scratch}/shards"}
+    call("tests/sample.py", "--data", folders["orig"], "--train", str(QUICK), "--val", "1", quiet=True)
+    make_shards(folders["orig"], folders["wds"])
+    return {name: folders[name] for name in folders if name in wanted}
+
+
+def make_shards(data, shards, *options):
+    """Write the training shards to a new folder; its name, or None if makeshards.py could not."""
+    os.mkdir(shards)
+    args = ["--data", data, "--shards", shards, "--splits", "train", *options]
+    return shards if call("makeshards.py", *args, check=False, quiet=True) else None
+
+
+def call(name, *args, check=True, quiet=False):
+    """Run a script of the project; whether it succeeded."""
+    command = [sys.executable, os.path.join(ROOT, name), *args]
+    return subprocess.run(command, check=check, stdout=subprocess.DEVNULL if quiet else None).returncode == 0
+
+
+def check_same(folders):
+    classes = sorted(entry.name for entry in os.scandir(f"{folders['orig']}/train") if entry.is_dir())
+    if read_index(folders["wds"]).get("classes", classes) != classes:
         fail("./shards are not the shards of ./data: their classes differ; --dataset wds or orig measures one of them")
 
 
-# ---------------------------------------------------------------------------- one run
+def read_index(folder):
+    with open(os.path.join(folder, INDEX)) as file:
+        return json.load(file)
 
 
-def train(dataset, rest, steps):
-    """One run of main-wds.py: {"steps", "time", "wait", "first" in seconds, "loss", "acc1", "total"}."""
-    command = [sys.executable, os.path.join(ROOT, "main-wds.py"), "--dataset", dataset, "--print-freq", "1"]
-    command += ["--data", os.path.abspath("data"), "--shards", os.path.abspath("shards")]
-    if "--decode" not in " ".join(rest):
-        command += ["--decode", DECODERS[dataset]]
+def training_entry(folder):
+    """The index's entry of the training shards."""
+    return read_index(folder)["splits"].get("train") or fail(f"{folder}: its {INDEX} names no training shards")
+
+
+def count_images(folders):
+    """Training images in the datasets, which must hold the same."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    samples = {}
+    if "orig" in folders:
+        samples["orig"] = sum(path.lower().endswith(IMG_EXTENSIONS) for path in paths_in(f"{folders['orig']}/train"))
+    if "wds" in folders:
+        samples["wds"] = training_entry(folders["wds"])["num_samples"]
+    if len(set(samples.values())) > 1:
+        fail(f"./shards and ./data hold {samples['wds']} and {samples['orig']} training images; make the shards anew")
+    return next(iter(samples.values()))
+
+
+def paths_in(folder):
+    return (os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+
+
+def drop_from_cache(paths):
+    os.sync()  # what is not yet written can't be dropped
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+def loading_rows(folders, decode, resized):
+    where = {"orig": "--data", "wds": "--shards"}
+    decoders, rows = [decode] if decode else ["pil", "tensor"], []
+    for decode, (dataset, folder) in itertools.product(decoders, folders.items()):
+        rows.append(Row(f"{dataset}/{decode}", dataset, decode, [where[dataset], folder]))
+    last = rows[-1].decode
+    if resized:
+        resize = training_entry(resized).get("resize")
+        what = f"{resize['shorter_side']} px" if resize else os.path.basename(os.path.abspath(resized))
+        rows.append(Row(f"wds/{last}, {what}", "wds", last, ["--shards", resized]))
+    rows.append(Row("dummy", "dummy", last, ["--dummy"]))
+    return rows + [Row(f"ceiling {name}", "ceiling", name, []) for name in decoders]
+
+
+def loading_args(row, rest, batch_size):
+    """main-wds.py's options for a row, as its main_worker() has them in one process."""
+    sys.argv[1:] = ["--workers", str(cores()), *rest, "--batch-size", str(batch_size)]
+    sys.argv += ["--decode", row.decode, "--dataset", "wds" if row.dataset == "wds" else "orig", *row.options]
+    args = script().parse_args()
+    args.rank, args.world_size, args.distributed = 0, 1, False
+    args.device = script().pick_device(0, args)
+    return args
+
+
+def measure_loading(rows, rest, args):
+    batch_size = args.batch_size or (16 if args.quick else 256)
+    options = {row.name: loading_args(row, rest, batch_size) for row in rows}
+    workers = options[rows[0].name].workers
+    images = args.images or (QUICK * 5 if args.quick else 2000) * max(workers, 1)
+    say(f"\nloading: at least {images} images a run, {workers} workers, batches of {batch_size}; images/s:")
+    files, runs = read_files(options[rows[0].name], min(images, 2000)), []
+    for i, row in itertools.product(range(args.repeats + 1), rows):
+        if row.dataset == "ceiling":
+            run = decode_only(options[row.name], files, images)
+        else:
+            run = load(options[row.name], images, args.cold)
+        runs.append(record("loading", rows, row, i, run | {"batch_size": batch_size, "workers": workers}))
+    return Result("loading", rows, runs, workers)
+
+
+def load(args, images, cold):
+    """One pass over a loader, as it comes: what the workers hand over, before it is normalised or on the device."""
+    loader = script().LOADERS[args.dataset][0](args)
+    images = fit_epoch(loader.dataset, images)
+    if cold:
+        paths = {path for path, _ in getattr(loader.dataset, "samples", [])} | {*getattr(loader.dataset, "urls", [])}
+        drop_from_cache(filter(os.path.isfile, paths))
+    first, count, start = None, 0, time.perf_counter()
+    for _, target in loader:
+        count += len(target)
+        seconds = time.perf_counter() - start
+        first = first or seconds
+        if count >= images:
+            break
+    return {"images": count, "seconds": seconds, "first_batch": first}
+
+
+def fit_epoch(dataset, images):
+    """Repeat a small dataset as a whole, take random files or shards out of a large one; returns the images to read."""
+    if hasattr(dataset, "urls"):
+        size, shards = sum(dataset.lengths), list(zip(dataset.urls, dataset.lengths, strict=True))
+        random.shuffle(shards)
+        ends = itertools.accumulate(length for _, length in shards)
+        enough = 1 + sum(end < images for end in ends)
+        dataset.urls, dataset.lengths = map(list, zip(*shards[:enough] * math.ceil(images / size), strict=True))
+    elif hasattr(dataset, "samples"):
+        size, samples = len(dataset.samples), dataset.samples
+        dataset.samples = random.sample(samples, images) if size >= images else samples * math.ceil(images / size)
+    else:  # the dummy, which is larger than any
+        return images
+    return images if size >= images else size * math.ceil(images / size)
+
+
+def read_files(args, count):
+    """At most that many training images as (name, bytes), random ones if there are more."""
+    dataset = script().LOADERS[args.dataset][0](args).dataset
+    count = min(count, sum(dataset.lengths) if args.dataset == "wds" else len(dataset))
+    fit_epoch(dataset, count)
+    if args.dataset == "orig":
+        return [script().read_file(path) for path, _ in dataset.samples]
+    pieces = [(shard, 0, length) for shard, length in enumerate(dataset.lengths)]
+    samples = script().read_pieces(pieces, dataset.urls, dataset.lengths)
+    return [(sample["__key__"], sample["image"]) for sample in itertools.islice(samples, count)]
+
+
+def decode_only(args, files, images):
+    """The ceiling: what the workers could do if they had but to decode and augment."""
+    images, workers = math.ceil(images / len(files)) * len(files), max(args.workers, 1)
+    state = args, files, images, Barrier(workers)
+    with ProcessPoolExecutor(workers, initializer=begin_share, initargs=state) as pool:
+        seconds = max(pool.map(decode_share, [range(i, images, workers) for i in range(workers)]))
+    return {"images": images, "seconds": seconds, "first_batch": None}
+
+
+def begin_share(*state):
+    decode_share.state = state
+    script().torch.set_num_threads(1)  # as the loader's workers have it
+
+
+def decode_share(share):
+    """In a process of the pool: seconds for its share, from when all are ready."""
+    args, files, _, barrier = decode_share.state
+    transform = script().make_transform(args, "train")
+    barrier.wait()
+    start = time.perf_counter()
+    for i in share:
+        transform(files[i % len(files)])
+    return time.perf_counter() - start
+
+
+def normalising(args):
+    """Microseconds an image that normalising a batch of bytes takes, on the device; the median of ten batches."""
+    torch, times = script().torch, []
+    images = torch.randint(256, (64, args.image_size, args.image_size, 3), dtype=torch.uint8)
+    batches = torch.utils.data.DataLoader([(images, torch.zeros(64))] * 12, batch_size=None)
+    start = time.perf_counter()
+    for batch, _ in script().DeviceLoader(batches, args.device):
+        batch[-1, -1, -1, -1].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return 1e6 * statistics.median(times[2:]) / 64
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def measure_training(folders, rest, args):
+    sample = os.path.exists(f"data/{MARK}")
+    batch_size = args.batch_size or (BATCH_SIZE if sample else 256)
+    rest = [*(TRAINING if sample else []), *rest, "--epochs", str(args.epochs), "--batch-size", str(batch_size)]
+    samples, runs, rows = count_images(folders), [], []
+    for dataset in folders:
+        decode = args.decode or DECODERS[dataset]
+        options = ["--dataset", dataset, "--decode", decode]
+        options += ["--data", os.path.abspath("data"), "--shards", os.path.abspath("shards")]
+        rows.append(Row(f"{dataset}/{decode}", dataset, decode, options))
+    say(f"\ntraining: {samples} images an epoch, main-wds.py {shlex.join(rest)}; images/s:")
+    for i, row in itertools.product(range(args.repeats + 1), rows):
+        if args.cold:
+            drop_from_cache(paths_in(folders[row.dataset]))
+        run = train([*row.options, *rest], args.steps)
+        epochs, steps = divmod(run["steps"], run.pop("total"))
+        images = epochs * samples + steps * batch_size
+        runs.append(record("training", rows, row, i, {"images": images, **run, "batch_size": batch_size}))
+    return Result("training", rows, runs, None)
+
+
+def train(rest, steps):
+    """One run of main-wds.py, stopped after so many steps if they are not 0. `total`: the steps of an epoch."""
+    command = [sys.executable, os.path.join(ROOT, "main-wds.py"), "--print-freq", "1", *rest]
     times, waits, acc1 = [], [], None
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command + rest, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder)
         for line in process.stdout:
             if match := STEP.match(line):
                 total, (time, _, wait, _, _, loss, _, acc1) = int(match[1]), map(float, match.groups()[1:])
@@ -108,53 +340,96 @@ def train(dataset, rest, steps):
         if not times or (status and len(times) != steps):
             errors.seek(0)
             sys.stderr.write(errors.read())
-            fail(f"this run ended with status {status}: {shlex.join(command + rest)}")
+            fail(f"this run ended with status {status}: {shlex.join(command)}")
     if not math.isfinite(loss):
-        fail(f"the loss is {loss}: {shlex.join(command + rest)}")
-    run = {"time": sum(times), "wait": sum(waits), "first": waits[0], "loss": loss, "acc1": acc1}
-    return run | {"steps": len(times), "total": total}
+        fail(f"the loss is {loss}: {shlex.join(command)}")
+    run = {"seconds": sum(times), "first_batch": waits[0], "waiting": sum(waits) / sum(times)}
+    return run | {"train_loss": loss, "acc1": acc1, "steps": len(times), "total": total}
 
 
-def images_of(run, samples, batch_size):
-    """Images that the run trained on: of whole epochs, or of its --steps."""
-    epochs, rest = divmod(run["steps"], run["total"])
-    return epochs * samples + rest * batch_size
+# ---------------------------------------------------------------------------- the report
 
 
-# ---------------------------------------------------------------------------- the table
+def record(part, rows, row, i, run):
+    """The run's record. Prints its images/s, those of a round in a line."""
+    run["images_per_second"] = run["images"] / run["seconds"]
+    if row is rows[0]:
+        print(f"round {i}: " if i else "warm-up: ", end="")
+    print(f"{row.name} {run['images_per_second']:.0f}", end="\n" if row is rows[-1] else "; ", flush=True)
+    about = {"part": part, "row": row.name, "dataset": row.dataset, "decode": row.decode, "round": i, "warm_up": not i}
+    return about | run
 
 
-def samples_in(dataset):
-    if dataset == "wds":
-        with open("shards/_info.json") as file:
-            return json.load(file)["splits"]["train"]["num_samples"]
-    names = (name for _, _, files in os.walk("data/train", followlinks=True) for name in files)
-    return sum(name.lower().endswith(IMG_EXTENSIONS) for name in names)
+def values(result, row, key="images_per_second"):
+    """Of the counted runs, round by round; empty if there is no such row."""
+    return [run[key] for run in result.runs if run["row"] == row and not run["warm_up"]]
 
 
-def table(runs, decode, accuracy):
-    """Print the medians of each dataset's runs, and the ratio of the pairs."""
-    say("")
-    say(f"dataset  decoder  images/s  first batch  waiting  train loss  {accuracy}")
-    for dataset, results in runs.items():
-        median = {key: statistics.median(run[key] for run in results) for key in results[0]}
-        say(
-            f"{dataset:<7}  {decode or DECODERS[dataset]:<7}  {median['rate']:8.1f}  {median['first']:9.2f} s  "
-            f"{100 * median['wait'] / median['time']:5.1f} %  {median['loss']:10.3f}  {median['acc1']:5.1f}"
-        )
-    if len(runs) == 2:
-        ratios = sorted(a["rate"] / b["rate"] for a, b in zip(runs["wds"], runs["orig"], strict=True))
-        say("")
-        say(
-            f"wds/orig {statistics.median(ratios):.2f} times as many images/s "
-            f"(median of {len(ratios)} pairs run in turn, {ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )
+def ratios(result, row, base):
+    """How many times as many images/s as the base, round by round."""
+    return [a / b for a, b in zip(values(result, row), values(result, base), strict=False)]
+
+
+def spread(numbers):
+    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
+
+
+def table(result, accuracy):
+    """Print the median of each row's runs, and its ratio to the first row."""
+    width, base, training = max(len(row.name) for row in result.rows), result.rows[0].name, result.part == "training"
+    columns = f"  waiting  train loss  {accuracy}" if training else ""
+    say(f"\n{result.part:<{width}}  images/s  first batch{columns}  times {base}")
+    for row in result.rows:
+        line = f"{row.name:<{width}}  {statistics.median(values(result, row.name)):8.1f}"
+        for key, form, unit in COLUMNS if training else COLUMNS[:1]:
+            median = "-" if row.dataset == "ceiling" else statistics.median(values(result, row.name, key))
+            line += f"{'-':>13}" if median == "-" else f"{median:{form}}{unit}"
+        line += " " * (len(accuracy) - 5 if training else 0)
+        say(f"{line}  {spread(ratios(result, row.name, base)) if row.name != base else '1.00'}")
+
+
+def explain(result, normalise, device):
+    """What the gain is made of, in sentences."""
+    names = [row.name for row in result.rows]
+    resized = next((name for name in names if ", " in name), None)
+    say()
+    if result.part == "training":
+        if len(names) == 2:
+            say(f"Training from {names[1]} is {spread(ratios(result, *names[::-1]))} times as fast as from {names[0]}.")
+        return
+    for row, base, words in (
+        ("wds/tensor", "orig/pil", "In all"),
+        ("wds/tensor", "orig/tensor", "The shards' part"),
+        ("wds/pil", "orig/pil", "The shards' part with Pillow"),
+        ("orig/tensor", "orig/pil", "The decoder's part"),
+        (resized, str(resized).partition(",")[0], "Images made smaller beforehand"),
+    ):
+        if row in names and base in names:
+            say(f"{words}: {row} loads {spread(ratios(result, row, base))} times as fast as {base}.")
+    row = next(row for row in ("wds/tensor", "wds/pil", "orig/tensor", "orig/pil") if row in names)
+    share = ratios(result, row, f"ceiling {row.partition('/')[2]}")
+    say(f"{row} reaches {spread(share)} of its ceiling, which is the same decoding without a loader.")
+    if work := own_work(result):
+        say(f"dummy, the loader's own work: {work:.0f} microseconds an image after the first batch.")
+    if "tensor" in row:
+        say(f"Workers hand over tensor rows as bytes. Normalising them on the {device}, not counted above, takes")
+        say(f"{normalise:.0f} microseconds an image.")
+
+
+def own_work(result):
+    """Microseconds an image that the dummy takes, once the workers have started; 0 if it was but one batch."""
+    runs = [run for run in result.runs if run["row"] == "dummy" and not run["warm_up"]]
+    rest = [(run["seconds"] - run["first_batch"]) / max(run["images"] - run["batch_size"], 1) for run in runs]
+    return 1e6 * statistics.median(rest)
 
 
 def machine():
+    import torch
+
     names = ("torch", "torchvision", "webdataset", "Pillow")
-    packages = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"{cpu_name()}, {os.cpu_count()} cores, {gpu_name()}; Python {platform.python_version()}, {packages}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    about = {"cpu": cpu_name(), "cores": cores(), "gpu": gpu, "system": platform.system()}
+    return about | {"versions": {"Python": platform.python_version()} | {name: version(name) for name in names}}
 
 
 def cpu_name():
@@ -165,55 +440,150 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
-def gpu_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+def describe(about, repeats, cold):
+    packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    hardware = f"{about['cpu']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}"
+    return f"{hardware}; {packages}; {'cold: files from the disk' if cold else 'files in memory'}; n = {repeats}"
+
+
+# ---------------------------------------------------------------------------- the chart
+
+
+def chart(path, results, footer):
+    """Horizontal bars of images/s, a panel a part."""
+    try:
+        import matplotlib
+    except ImportError:
+        say("no chart: matplotlib is not installed (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    bars = [[row for row in result.rows if row.dataset in ("orig", "wds")] for result in results]
+    figure = Figure(figsize=(8, 1.7 + sum(0.9 + 0.42 * len(rows) for rows in bars)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(results), 1, squeeze=False, height_ratios=[len(rows) + 1 for rows in bars])[:, 0]
+    for axes, result, rows in zip(panels, results, bars, strict=True):
+        panel(axes, result, rows)
+    figure.supxlabel("\n".join(textwrap.wrap(footer, 130)), fontsize=8, color="0.35", x=0.01, ha="left")
+    figure.savefig(path)
+    say(f"chart: {path}")
+
+
+def panel(axes, result, rows):
+    base, top = rows[0].name, 0
+    for y, row in enumerate(rows):
+        rates, ceilings = values(result, row.name), values(result, f"ceiling {row.decode}")
+        median, right = statistics.median(rates), max(rates)
+        color, whiskers = "#2f6db3" if row.dataset == "wds" else "#a9b1ba", [[median - min(rates)], [right - median]]
+        axes.barh(y, median, 0.66, xerr=whiskers, color=color, ecolor="0.15", capsize=3)
+        if ceilings and row.name == f"{row.dataset}/{row.decode}":  # and not resized
+            ceiling, label = statistics.median(ceilings), None if y else "ceiling: decoding alone, no loader"
+            axes.vlines(ceiling, y - 0.4, y + 0.4, colors="#c8442e", linewidth=2.5, label=label)
+            right = max(right, ceiling)
+        times = "" if row.name == base else f"  ({statistics.median(ratios(result, row.name, base)):.2f} times)"
+        axes.text(right, y, f"  {median:.0f}{times}", va="center", fontsize=11)
+        top = max(top, right)
+    what = f"Loading alone, {result.workers} workers" if result.part == "loading" else "Training"
+    axes.set_title(f"{what}: images/s, and times {base}", loc="left", fontsize=13, fontweight="bold", pad=10)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=11)
+    axes.set(xlim=(0, 1.3 * top), ylim=(len(rows) - 0.4, -0.6))
+    axes.spines[["top", "right"]].set_visible(False)
+    if result.part == "loading":
+        axes.legend(loc="upper right", frameon=False, fontsize=10, borderaxespad=0)
+
+
+# ---------------------------------------------------------------------------- options, main
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="counted runs of each (%(default)s)")
-    parser.add_argument("--dataset", choices=["both", "wds", "orig"], default="both", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=0, metavar="N", help="stop each run after N steps (whole epochs)")
-    parser.add_argument("-b", "--batch-size", type=int, metavar="N", help="256, on the sample 32")
-    parser.add_argument("--epochs", type=int, metavar="N", default=1, help="of each run (%(default)s)")
-    parser.add_argument("--prepare", action="store_true", help="make what is missing and stop")
-    parser.epilog = "All other arguments go to main-wds.py: -a, -j, --image-size, --lr, --decode, ..."
-    return parser.parse_known_args()
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=formatter)
+    parser.error = fail
+    add = parser.add_argument
+    add("--quick", action="store_true", help="loading only, few images, and on the sample a smaller one")
+    add("--only", choices=["loading", "training"], help="that part alone")
+    add("--cold", action="store_true", help="before each run drop its files from memory, as far as that needs no root")
+    add("--repeats", type=int, default=5, metavar="N", help="counted rounds (%(default)s)")
+    add("--dataset", choices=["both", "wds", "orig"], default="both", help="(%(default)s)")
+    add("--decode", choices=["tensor", "pil"], help="this decoder alone")
+    add("--images", type=int, metavar="N", help="of a loading run, at least (2000 a worker)")
+    add("--resized", metavar="DIR", help="measure these shards of resized images too; on the sample it makes some")
+    add("--steps", type=int, default=0, metavar="N", help="stop each training run after N steps (whole epochs)")
+    add("--epochs", type=int, default=1, metavar="N", help="of each training run (%(default)s)")
+    add("-b", "--batch-size", type=int, metavar="N", help="256; training on the sample 32")
+    add("--out", default=".", metavar="DIR", help="folder for bench.json and bench.png (%(default)s)")
+    add("--prepare", action="store_true", help="make what is missing of ./data and ./shards and stop")
+    parser.epilog = "All other arguments go to main-wds.py: -a, -j, --image-size, --lr, ... -j is by default 4 in"
+    parser.epilog += " training, 2 on the sample, and in loading the number of cores."
+    args, rest = parser.parse_known_args()
+    rest = [part for word in rest for part in word.split("=", 1)]
+    check_args(args, rest)
+    return args, rest
+
+
+def check_args(args, rest):
+    for name, low in (("repeats", 1), ("images", 1), ("batch_size", 1), ("epochs", 1), ("steps", 0)):
+        if (value := getattr(args, name)) is not None and value < low:
+            fail(f"--{name.replace('_', '-')} {value}: it must be at least {low}")
+    for name in ("--data", "--shards", "--trainshards", "--valshards", "--dummy"):
+        if name in rest:
+            fail(f"{name}: bench measures ./data and ./shards, and dummy data by itself; link your folders there")
+    if args.quick and args.only == "training":
+        fail("--quick measures loading alone; leave out --only training")
+    if args.cold and not hasattr(os, "posix_fadvise"):
+        fail("--cold: this system has no way to drop files from memory (posix_fadvise); Linux has")
+    if not os.path.isdir(args.out):
+        fail(f"--out {args.out}: no such folder")
+    if args.resized and not os.path.exists(os.path.join(args.resized, INDEX)):
+        fail(f"--resized {args.resized}: no {INDEX} there; makeshards.py --resize writes such shards")
+
+
+def measure(args, rest, wanted):
+    """The results of the parts, and microseconds an image for normalising."""
+    sample = os.path.exists(f"data/{MARK}") or not (os.path.lexists("data") or os.path.exists(f"shards/{INDEX}"))
+    results, normalise = [], None
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as scratch:  # on the disk that is measured
+        folders = prepare_quick(wanted, scratch) if args.quick and sample else prepare(wanted)
+        count_images(folders)
+        if args.only != "training":
+            if sample and len(folders) == 2 and not args.resized:
+                args.resized = make_shards(folders["orig"], f"{scratch}/resized", "--resize", "256")
+            rows = loading_rows(folders, args.decode, args.resized)
+            results.append(measure_loading(rows, rest, args))
+        if args.only != "loading" and not args.quick:
+            results.append(measure_training(folders, rest, args))
+    if args.only != "training":  # at the end, for it starts threads
+        normalise = normalising(loading_args(rows[0], rest, 64))
+    return results, normalise
 
 
 def main():
     args, rest = parse_args()
-    if args.repeats < 1:
-        fail(f"--repeats {args.repeats}: it must be at least 1")
-    rest = [part for word in rest for part in word.split("=", 1)]
-    wanted = ["wds", "orig"] if args.dataset == "both" else [args.dataset]
-    datasets = prepare(wanted)
+    command = f"./run bench {shlex.join(sys.argv[1:])}".rstrip()
+    wanted = ["orig", "wds"] if args.dataset == "both" else [args.dataset]
     if args.prepare:
-        sys.exit("wds" not in datasets)
-    sample = os.path.exists(f"data/{MARK}")
-    if sample:
-        rest = TRAINING + rest
-    batch_size = args.batch_size or (BATCH_SIZE if sample else 256)
-    rest += ["--epochs", str(args.epochs), "--batch-size", str(batch_size)]
-    samples = {dataset: samples_in(dataset) for dataset in datasets}
-    if len(set(samples.values())) > 1:
-        fail(f"./shards and ./data hold {samples['wds']} and {samples['orig']} training images; make the shards anew")
-    runs = {dataset: [] for dataset in datasets}
-    say(f"{sum(samples.values()) // len(samples)} training images; main-wds.py {shlex.join(rest)}")
-    for i in range(args.repeats + 1):
-        for dataset in datasets:
-            run = train(dataset, rest, args.steps)
-            run["rate"] = images_of(run, samples[dataset], batch_size) / run["time"]
-            say(f"{'run ' + str(i) if i else 'warm-up'}: {dataset} {run['rate']:.1f} images/s")
-            if i:
-                runs[dataset].append(run)
-    decode = dict(itertools.pairwise(rest)).get("--decode")
-    table(runs, decode, "train Acc@1" if args.steps else "Acc@1")
-    say(f"{machine()}; n = {args.repeats}")
-    say(f"command: ./run bench {shlex.join(sys.argv[1:])}".rstrip())
+        sys.exit("wds" not in prepare(wanted))
+    try:
+        results, normalise = measure(args, rest, wanted)
+    except Exception as error:
+        if type(error).__name__ != "DataError":
+            raise
+        fail(str(error).rpartition("DataError: ")[2].strip())  # behind the traceback of the worker it is from
+    about = machine()
+    footer = describe(about, args.repeats, args.cold)
+    for result in results:
+        table(result, "train Acc@1" if args.steps else "Acc@1")
+        explain(result, normalise, about["gpu"] or "CPU")
+    say(f"\n{footer}\ncommand: {command}")
+    about = {"command": command, "machine": about, "cold": args.cold, "repeats": args.repeats}
+    about |= {"normalising_us_per_image": normalise, "runs": [run for result in results for run in result.runs]}
+    with open(os.path.join(args.out, "bench.json"), "w") as file:
+        json.dump(about, file, indent=1)
+    say(f"records: {os.path.join(args.out, 'bench.json')}")
+    chart(os.path.join(args.out, "bench.png"), results, footer)
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a worker, where workers are not forked: it is sent main-wds.py's classes
+    script()

@@ -3,8 +3,8 @@
 
     python tests/seen.py --ranks 2 --cases '[{"workers": 3}, {"workers": 0, "seed": null}]' --shards DIR --epochs 2
 
-The options are main-wds.py's and these two. A case is what it changes in them, the workers'
-start_method, or the seconds that each batch is in hand.
+The options are main-wds.py's and these two. A case is what it changes in them; "start_method" is the workers', "hold"
+the seconds for which each batch is in hand, and with "peek" the main process reads a batch before the workers start.
 Prints JSON: for each case and rank {"len": {split: len(loader)}, "train": epochs, "val": epochs}. An epoch is a list of
 batches, a batch one of samples, and a sample [number, draw, pid]: the number that stands for its image, what the
 augmentation would draw, and the process that it was loaded by.
@@ -34,7 +34,7 @@ def run(args):
     """In place of main-wds.py's own: the same loop over the same loaders, for each case."""
     mine = []
     for case in args.cases:
-        mine.append(see(argparse.Namespace(**{"hold": 0, **vars(args), **case})))
+        mine.append(see(argparse.Namespace(**{"hold": 0, "peek": False, **vars(args), **case})))
         for thread in set(threading.enumerate()) - {threading.main_thread()}:
             thread.join(5)  # of the loaders before: in Python 3.11 a fork while a thread ends may hang
     ranks = [mine] * args.world_size
@@ -49,6 +49,8 @@ def see(args):
     make_train_loader, make_val_loader = main_wds.LOADERS["wds"]
     val_loader = main_wds.DeviceLoader(make_val_loader(args), args.device)
     train_loader = main_wds.DeviceLoader(make_train_loader(args), args.device)
+    if args.peek:
+        next(iter(train_loader.sampler))
     seen = {"len": {"train": len(train_loader), "val": len(val_loader)}, "train": [], "val": []}
     for epoch in range(args.start_epoch, args.epochs):
         main_wds.set_seed(args, epoch)

@@ -86,7 +86,8 @@ def test_random_crop_is_torchvisions_of_the_same_box():
         random.seed(seed)
         ours, theirs = main_wds.random_crop(decoded, 48), v2.functional.resized_crop(decoded, *box, [48, 48])
         assert ours.shape == (3, 48, 48) and main_wds.channels_last(ours).is_contiguous()
-        same = [main_wds.torch.equal(ours, image) for image in (theirs, theirs.flip(2))]
+        away = [(ours.int() - image.int()).abs().max() for image in (theirs, theirs.flip(2))]
+        same = [bool(most <= 1) for most in away]  # processors without AVX2 round otherwise
         assert sum(same) == 1
         mirrored += same[1]
     assert 10 < mirrored < 30

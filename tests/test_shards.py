@@ -127,10 +127,12 @@ def test_seeds_and_ways_to_start_workers(seen):
 
 
 def test_a_batch_stays_as_it_is_while_it_is_in_hand(seen):
-    """However long: the workers, who use their memory again and again, fill that of others meanwhile."""
-    cases = [{"workers": workers, "shuffle": 1, "hold": hold} for workers in (1, 2) for hold in (0, 0.1)]
+    """However long, and whatever the main process reads by itself: workers use memory again, but not that in use."""
+    changes = [{}, {"hold": 0.1}, {"peek": True}]
+    cases = [{"workers": workers, "shuffle": 1, **change} for workers in (1, 2, 3) for change in changes]
     runs = [[column(epoch) for epoch in (*rank["train"], *rank["val"])] for (rank,) in seen(1, cases)]
-    assert runs[0] == runs[1] and runs[2] == runs[3]
+    for first, held, peeked in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
+        assert sorted(first[0]) == sorted(first[1]) == list(range(47)) and first == held == peeked
 
 
 # ---------------------------------------------------------------------------- reading
