@@ -81,9 +81,12 @@ def test_the_diff_is_what_the_readme_prints():
 def test_links_and_files_that_the_readme_names_are_there():
     readme = (ROOT / "README.md").read_text()
     links = re.findall(r"\]\(([^)]+)\)", readme)
-    assert links and all(link.startswith("https://github.com/") or (ROOT / link).exists() for link in links)
+    anchors = {"#" + title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", readme, re.M)}
+    own = [link for link in links if not link.startswith("https://github.com/")]
+    assert own and all(link in anchors or (ROOT / link).exists() for link in own)
     scripts = set(re.findall(r"[\w-]+\.py\b", readme))
-    assert scripts == {"main-orig.py", "main-wds.py", "makeshards.py", "SCRIPT.py"}
+    assert scripts == {"main-orig.py", "main-wds.py", "makeshards.py", "SCRIPT.py", "peers.py"}
+    assert "python tests/peers.py" in readme and (ROOT / "tests/peers.py").exists()
     commands = set(re.findall(r"\./run ([a-z]+)\b(?!\.)", readme)) - {"main", "makeshards"}
     assert commands <= set(re.findall(r"^cmd_(\w+)", (ROOT / "run").read_text(), re.M)), commands
 
