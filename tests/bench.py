@@ -47,6 +47,7 @@ from sample import BATCH_SIZE, MARK, TRAINING
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INDEX = "_info.json"
 DECODERS = {"orig": "pil", "wds": "tensor"}  # in training
+V2 = "ceiling v2"  # of decoding to tensors, with torchvision's own transforms
 QUICK = 40  # training images a class in its sample
 METER = r"\t{} +(\S+) \( *(\S+)\)"  # value (average)
 STEP = re.compile(r"Epoch: \[\d+\]\[ *\d+/(\d+)\]" + "".join(map(METER.format, ("Time", "Data", "Loss", "Acc@1"))))
@@ -183,7 +184,8 @@ def loading_rows(folders, decode, resized):
         what = f"{resize['shorter_side']} px" if resize else os.path.basename(os.path.abspath(resized))
         rows.append(Row(f"wds/{last}, {what}", "wds", last, ["--shards", resized]))
     rows.append(Row("dummy", "dummy", last, ["--dummy"]))
-    return rows + [Row(f"ceiling {name}", "ceiling", name, []) for name in decoders]
+    rows += [Row(f"ceiling {name}", "ceiling", name, []) for name in decoders]
+    return rows + [Row(V2, "ceiling", "tensor", []) for name in decoders if name == "tensor"]
 
 
 def loading_args(row, rest, batch_size):
@@ -205,7 +207,7 @@ def measure_loading(rows, rest, args):
     files, runs = read_files(options[rows[0].name], min(images, 2000)), []
     for i, row in itertools.product(range(args.repeats + 1), rows):
         if row.dataset == "ceiling":
-            run = decode_only(options[row.name], files, images)
+            run = decode_only(options[row.name], files, images, row.name == V2)
         else:
             run = load(options[row.name], images, args.cold)
         runs.append(record("loading", rows, row, i, run | {"batch_size": batch_size, "workers": workers}))
@@ -257,10 +259,10 @@ def read_files(args, count):
     return [(sample["__key__"], sample["image"]) for sample in itertools.islice(samples, count)]
 
 
-def decode_only(args, files, images):
+def decode_only(args, files, images, v2):
     """The ceiling: what the workers could do if they had but to decode and augment."""
     images, workers = math.ceil(images / len(files)) * len(files), max(args.workers, 1)
-    state = args, files, images, Barrier(workers)
+    state = args, files, v2, Barrier(workers)
     with ProcessPoolExecutor(workers, initializer=begin_share, initargs=state) as pool:
         seconds = max(pool.map(decode_share, [range(i, images, workers) for i in range(workers)]))
     return {"images": images, "seconds": seconds, "first_batch": None}
@@ -273,13 +275,20 @@ def begin_share(*state):
 
 def decode_share(share):
     """In a process of the pool: seconds for its share, from when all are ready."""
-    args, files, _, barrier = decode_share.state
-    transform = script().make_transform(args, "train")
+    args, files, v2, barrier = decode_share.state
+    transform = v2_transform(args.image_size) if v2 else script().make_transform(args, "train")
     barrier.wait()
     start = time.perf_counter()
     for i in share:
         transform(files[i % len(files)])
     return time.perf_counter() - start
+
+
+def v2_transform(size):
+    """What main-wds.py's would be with torchvision's own transforms."""
+    v2 = script().v2
+    crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    return v2.Compose([script().decode_tensor, *crop, script().channels_last])
 
 
 def normalising(args):
@@ -408,7 +417,9 @@ def explain(result, normalise, device):
             say(f"{words}: {row} loads {spread(ratios(result, row, base))} times as fast as {base}.")
     row = next(row for row in ("wds/tensor", "wds/pil", "orig/tensor", "orig/pil") if row in names)
     share = ratios(result, row, f"ceiling {row.partition('/')[2]}")
-    say(f"{row} reaches {spread(share)} of its ceiling, which is the same decoding without a loader.")
+    say(f"{row} reaches {spread(share)} of its ceiling, which is the same decoding without a loader,")
+    if "tensor" in row:
+        say(f"and {spread(ratios(result, row, V2))} of the ceiling that torchvision's own transforms would have.")
     if work := own_work(result):
         say(f"dummy, the loader's own work: {work:.0f} microseconds an image after the first batch.")
     if "tensor" in row:

@@ -13,7 +13,7 @@ import pytest
 from conftest import run
 
 LOADING = ["orig/pil", "wds/pil", "orig/tensor", "wds/tensor", "wds/tensor, 256 px", "dummy", "ceiling pil",
-           "ceiling tensor"]  # fmt: skip
+           "ceiling tensor", "ceiling v2"]  # fmt: skip
 FAST = ["-a", "shufflenet_v2_x0_5", "-j2", "--image-size=32", "-b20"]
 TINY = ["--images", "40", "--repeats", "1", *FAST]
 
@@ -89,6 +89,7 @@ def test_what_is_printed_follows_from_the_records(report):
     ):
         assert f": {row} loads {spread(json, 'loading', row, base)} times as fast as {base}.\n" in stdout
     assert f"wds/tensor reaches {spread(json, 'loading', 'wds/tensor', 'ceiling tensor')} of its ceiling" in stdout
+    assert f"and {spread(json, 'loading', 'wds/tensor', 'ceiling v2')} of the ceiling that torchvision's" in stdout
     assert f"takes\n{json['normalising_us_per_image']:.0f} microseconds an image" in stdout
     for word in (json["machine"]["cpu"], json["machine"]["versions"]["torch"], "n = 2", json["command"]):
         assert word in stdout
@@ -139,7 +140,7 @@ def test_one_dataset(missing, there, small, tmp_path):
     assert re.search(rf"^there are no .*\./{missing}: measuring the other dataset alone$", stdout, re.M), stdout
     json_ = json.loads((tmp_path / "copy" / "bench.json").read_text())
     more = ["wds/tensor, resized"] if resized else []
-    ceilings = ["ceiling pil", "ceiling tensor"]
+    ceilings = ["ceiling pil", "ceiling tensor", "ceiling v2"]
     assert rows_of(json_, "loading") == [f"{there}/pil", f"{there}/tensor", *more, "dummy", *ceilings]
     assert {run["images"] for run in json_["runs"]} == {40} and f"times {there}/pil\n" in stdout
     assert missing == "data" or "makeshards.py: " in stderr
