@@ -242,5 +242,6 @@ def test_the_ceiling_is_over_the_same_files(dataset):
     files = bench.read_files(args, 100)
     assert len({data for _, data in files}) == len(files) == 80
     assert len(bench.read_files(args, 30)) == 30
-    run = bench.decode_only(args, files[:10], 35)
-    assert run["images"] == 40 and run["seconds"] > 0 and math.isfinite(run["seconds"])
+    for v2 in (False, True):
+        run = bench.decode_only(args, files[:10], 35, v2)
+        assert run["images"] == 40 and run["seconds"] > 0 and math.isfinite(run["seconds"])
