@@ -203,6 +203,7 @@ def measure_loading(rows, rest, args):
     options = {row.name: loading_args(row, rest, batch_size) for row in rows}
     workers = options[rows[0].name].workers
     images = args.images or (QUICK * 5 if args.quick else 2000) * max(workers, 1)
+    images += -images % (batch_size * max(workers, 1))  # whole rounds: none waits at the end for another's last batch
     say(f"\nloading: at least {images} images a run, {workers} workers, batches of {batch_size}; images/s:")
     files, runs = read_files(options[rows[0].name], min(images, 2000)), []
     for i, row in itertools.product(range(args.repeats + 1), rows):
@@ -217,7 +218,7 @@ def measure_loading(rows, rest, args):
 def load(args, images, cold):
     """One pass over a loader, as it comes: what the workers hand over, before it is normalised or on the device."""
     loader = script().LOADERS[args.dataset][0](args)
-    images = fit_epoch(loader.dataset, images)
+    fit_epoch(loader.dataset, images)
     if cold:
         paths = {path for path, _ in getattr(loader.dataset, "samples", [])} | {*getattr(loader.dataset, "urls", [])}
         drop_from_cache(filter(os.path.isfile, paths))
@@ -232,7 +233,7 @@ def load(args, images, cold):
 
 
 def fit_epoch(dataset, images):
-    """Repeat a small dataset as a whole, take random files or shards out of a large one; returns the images to read."""
+    """Let an epoch hold as many images at least: a small dataset repeated, random files or shards of a large one."""
     if hasattr(dataset, "urls"):
         size, shards = sum(dataset.lengths), list(zip(dataset.urls, dataset.lengths, strict=True))
         random.shuffle(shards)
@@ -242,9 +243,6 @@ def fit_epoch(dataset, images):
     elif hasattr(dataset, "samples"):
         size, samples = len(dataset.samples), dataset.samples
         dataset.samples = random.sample(samples, images) if size >= images else samples * math.ceil(images / size)
-    else:  # the dummy, which is larger than any
-        return images
-    return images if size >= images else size * math.ceil(images / size)
 
 
 def read_files(args, count):
@@ -261,7 +259,7 @@ def read_files(args, count):
 
 def decode_only(args, files, images, v2):
     """The ceiling: what the workers could do if they had but to decode and augment."""
-    images, workers = math.ceil(images / len(files)) * len(files), max(args.workers, 1)
+    workers = max(args.workers, 1)
     state = args, files, v2, Barrier(workers)
     with ProcessPoolExecutor(workers, initializer=begin_share, initargs=state) as pool:
         seconds = max(pool.map(decode_share, [range(i, images, workers) for i in range(workers)]))
