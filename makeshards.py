@@ -1,139 +1,221 @@
 #!/usr/bin/env python3
 """Write ImageNet's folders of images as WebDataset shards: tar files of 1000 samples each, and their index.
 
-    ln -s /data/imagenet ./data       where your ImageNet is, holding train/ and val/
+    ln -s /data/imagenet ./data       where your ImageNet is: torchvision's train/ and val/, or Kaggle's ILSVRC/
     mkdir ./shards                    about as large as ImageNet's files: 155 GB
-    python makeshards.py              1282 training and 50 validation shards
+    python makeshards.py              1282 training and 50 validation shards; after a stop the same command goes on
+    python makeshards.py --verify     read them back, and compare them with the index and with the folders
     python makeshards.py --data ./pets --shards ./pet-shards --maxcount 500      any folder of images per class
     python makeshards.py --resize 384         smaller shards: larger images are scaled to a shorter side of 384 pixels
+    python makeshards.py --index './theirs/train-{000..146}.tar'       of shards that others wrote: ./theirs/_info.json
 
 A sample is two files of the tar: KEY.jpg, the image file's own bytes, and KEY.cls, its class as a decimal number. The
 class is torchvision's: the place of the image's folder among the sorted class folders. KEY is the place of the image
 in torchvision.datasets.ImageFolder. Training samples are written in random order, drawn from --seed over the whole
-split, so that a shard is itself a random sample. The same folders and options give the same bytes; with --resize, the
-same version of Pillow too.
+split, so that a shard is itself a random sample. The same folders and options give the same bytes, with any number of
+workers; with --resize, the same version of Pillow too.
 
-With --resize N an image whose shorter side is above N pixels is scaled and encoded anew; the others stay as they are.
+A shard gets its name when it is whole, and the index is written last; until then .train.json tells what is there.
 """
 
 import argparse
+import contextlib
+import csv
+import fcntl
+import functools
+import glob
 import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import re
 import shutil
+import signal
 import sys
 import tarfile
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 
 from PIL import Image, UnidentifiedImageError
-from torchvision import datasets
+from torchvision.datasets import ImageFolder, imagenet
 from tqdm import tqdm
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 INDEX = "_info.json"  # its name and shape are those that timm reads and the hub's ImageNet shards have
 INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
+OPTIONS = ("maxcount", "seed", "filekey", "resize", "quality")  # what decides on the bytes, besides the images
+IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample
 QUALITY = 90  # of scaled images: at 4:4:4 it is smaller than 95 at 4:2:0, and as near to the original
+EVERY = 60  # seconds between two lines about the progress, where the output is no terminal
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Write ImageNet's folders of images as WebDataset shards.")
     parser.error = fail
     add = parser.add_argument
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--data", default="./data", metavar="DIR", help="folder that holds train/ and val/ (%(default)s)")
     add("--shards", default="./shards", metavar="DIR", help="folder to write to, which must exist (%(default)s)")
     add("--splits", default="train,val", metavar="LIST", help="splits to write (%(default)s)")
     add("--maxcount", type=int, default=1000, metavar="N", help="samples a shard (%(default)s)")
     add("--filekey", action="store_true", help="the key is the file's name without its ending")
     add("--seed", type=int, default=0, metavar="N", help="of the training samples' order (%(default)s)")
+    add("--workers", type=int, default=cores, metavar="N", help="processes (as many as cores: %(default)s)")
+    add("--check", action="store_true", help="decode every image, and list all that are bad")
     add("--resize", type=int, metavar="N", help="scale larger images to a shorter side of N pixels (off)")
     add("--quality", type=int, metavar="Q", help=f"with --resize: of the scaled images' JPEG, 1 to 100 ({QUALITY})")
+    add("--verify", action="store_true", help="write nothing; read the shards, and exit with 1 if something is wrong")
+    add("--index", metavar="URLS", help="write the index of these shards: a brace pattern, a glob or a URL")
     args = parser.parse_args()
     args.splits = args.splits.split(",")
-    if not set(args.splits) <= {"train", "val"}:
+    if not set(args.splits) <= INDEX_NAMES.keys():
         fail(f"--splits {','.join(args.splits)}: a comma-separated list of train and val")
-    if args.maxcount < 1:
-        fail(f"--maxcount {args.maxcount}: it must be at least 1")
-    args.resize = parse_resize(args.resize, args.quality)
+    if args.quality is not None and args.resize is None:
+        fail(f"--quality {args.quality}: only images that --resize scales are encoded; give --resize too")
+    if args.resize is not None and args.quality is None:
+        args.quality = QUALITY
+    for name in ("maxcount", "workers", "resize", "quality"):
+        value, most = getattr(args, name), 100 if name == "quality" else sys.maxsize
+        if value is not None and not 1 <= value <= most:
+            fail(f"--{name} {value}: it must be {'1 to 100' if most == 100 else 'at least 1'}")
     return args
 
 
-def parse_resize(shorter_side, quality):
-    """What --resize and --quality ask for, as the index says it: None where images are not scaled."""
-    if shorter_side is None:
-        if quality is not None:
-            fail(f"--quality {quality}: only images that --resize scales are encoded; give --resize too")
-        return None
-    quality = QUALITY if quality is None else quality
-    if shorter_side < 1:
-        fail(f"--resize {shorter_side}: it must be at least 1 pixel")
-    if not 1 <= quality <= 100:
-        fail(f"--quality {quality}: it must be 1 to 100")
-    return {"shorter_side": shorter_side, "quality": quality}
+class DataError(Exception):
+    """Input that can't be used; the message names it and the way out. main() prints it, whatever process it is from."""
 
 
 def fail(message):
-    """Say in one line what is wrong with the user's input, and stop with status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-    sys.exit(2)
+    raise DataError(message)
 
 
 # ---------------------------------------------------------------------------- main
 
 
 def main():
-    args = parse_args()
-    splits = {split: find_images(args, split) for split in args.splits}
-    classes = one_list_of_classes(args, splits)
-    plans = {split: plan_split(args, split, dataset) for split, dataset in splits.items()}
-    index = read_index(args, classes)
-    missing = [split for split in args.splits if not is_there(args, index, split, plans[split])]
-    partial = os.path.join(args.shards, ".partial")
+    status = 2
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.mkdir(partial)
-        for split in missing:
-            index["splits"][INDEX_NAMES[split]] = write_split(partial, splits[split], plans[split])
-        publish(args, partial, index)
-    except OSError as error:
-        fail(f"--shards {args.shards}: {error.strerror or error}; nothing of this run is left there")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for split in args.splits:
-        plan = plans[split]
-        state = "written" if split in missing else "already there"
-        print(f"{split}: {len(plan['filenames'])} shards, {plan['num_samples']} samples {state}")
+        args = parse_args()
+        pool = ProcessPoolExecutor(args.workers, initializer=begin_worker)
+        try:
+            task = write_index if args.index else verify if args.verify else write
+            sys.exit(task(args, pool))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    except DataError as error:
+        message = error
+    except BrokenProcessPool:
+        message = "a worker was killed, perhaps for want of memory; the same command goes on where it was"
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command goes on where it was", 130
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def begin_worker():
+    """Let a worker end when the main process does, even if that is killed, and without a word at Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def in_parallel(pool, args, function, jobs, what, total=None):
+    """What function(*job) returns, (images, bytes, ...), for each job as it is done; with a bar, or a line a minute."""
+    tqdm.monitor_interval = 0  # no thread, for workers may be forked
+    jobs, images, size, start = iter(jobs), 0, 0, time.monotonic()
+    running, said = {pool.submit(function, *job) for job in itertools.islice(jobs, 2 * args.workers)}, start
+    with tqdm(total=total, desc=what, unit=" images", disable=not sys.stderr.isatty()) as bar:
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(function, *job) for job in itertools.islice(jobs, len(done))}  # few wait at a time
+            for result in [future.result() for future in done]:
+                images, size, now = images + result[0], size + result[1], time.monotonic()
+                speed = f"{size / 1e6 / max(now - start, 1e-3):.0f} MB/s"
+                bar.set_postfix_str(speed, refresh=False)
+                bar.update(result[0])
+                if bar.disable and now - said >= EVERY:
+                    print(f"{what}: {images} of {total or '?'} images, {speed}", file=sys.stderr, flush=True)
+                    said = now
+                yield result
 
 
 # ---------------------------------------------------------------------------- reading the folders
 
 
 def find_images(args, split):
-    """The split as torchvision's ImageFolder: `imgs` is a list of (path, class), `classes` the class folders' names."""
+    """([(path, class)], names of the class folders) of a split, as torchvision's ImageFolder has them."""
+    kaggle = os.path.join(args.data, "ILSVRC", "Data", "CLS-LOC")
+    folder = os.path.join(kaggle if os.path.isdir(kaggle) else args.data, split)
     try:
-        return datasets.ImageFolder(os.path.join(args.data, split))
-    except OSError as error:
+        if not os.path.exists(folder):
+            unpack(args.data, split, folder)
+        if split == "val" and not any(os.path.isdir(os.path.join(folder, name)) for name in os.listdir(folder)):
+            return find_flat_images(args, folder)
+        found = ImageFolder(folder)
+        return found.imgs, found.classes
+    except (OSError, RuntimeError, ImportError) as error:
         fail(f"--data {args.data}: {str(error).rstrip('. ')}; {split}/ must hold a folder of images for each class")
 
 
-def one_list_of_classes(args, splits):
-    lists = {split: dataset.classes for split, dataset in splits.items()}
-    for split in {"train", "val"} - set(splits):  # one that is not written must agree too, where it is there
-        if os.path.isdir(os.path.join(args.data, split)):
-            lists[split] = sorted(entry.name for entry in os.scandir(os.path.join(args.data, split)) if entry.is_dir())
-    differing = sorted(set.symmetric_difference(*map(set, lists.values()))) if len(lists) > 1 else []
-    if differing:
-        fail(f"--data {args.data}: train/ and val/ differ in their class folders, e.g. {', '.join(differing[:5])}")
-    return next(iter(lists.values()))
+def unpack(data, split, folder):
+    """Unpack torchvision's own archive of the split if that is there. torchvision checks its MD5 sum."""
+    archive, partial = os.path.join(data, f"ILSVRC2012_img_{split}.tar"), f"{split}.unpacking"
+    if os.path.exists(archive):
+        print(f"unpacking {archive} to {folder}, which takes as much disk again", flush=True)
+        shutil.rmtree(os.path.join(data, partial), ignore_errors=True)
+        if split == "val" and not os.path.exists(os.path.join(data, imagenet.META_FILE)):
+            imagenet.parse_devkit_archive(data)  # for the classes; needs scipy
+        getattr(imagenet, f"parse_{split}_archive")(data, folder=partial)
+        os.rename(os.path.join(data, partial), folder)
 
 
-def read_image(path, resize):
-    """The file's own bytes, when Pillow finds the beginning of an image in them; if that is to be scaled, a JPEG's."""
+def find_flat_images(args, folder):
+    """The same for Kaggle's val/, whose images lie side by side, with their classes in a table."""
+    places = args.data, os.path.join(os.path.realpath(folder), "..", "..", "..", "..")
+    tables = [path for place in places if os.path.exists(path := os.path.join(place, "LOC_val_solution.csv"))]
+    if not tables:
+        fail(f"{folder}: no class folders; move its images into a folder for each class, as train/ has them, or put "
+             f"Kaggle's LOC_val_solution.csv into {args.data}")  # fmt: skip
+    with open(tables[0], newline="") as file:
+        found = sorted((row["PredictionString"].split()[0], row["ImageId"]) for row in csv.DictReader(file))
+    if {f"{name}.JPEG" for _, name in found} != set(os.listdir(folder)):
+        fail(f"{folder}: its files are not those of {tables[0]}")
+    classes = sorted({wnid for wnid, _ in found})
+    return [(os.path.join(folder, f"{name}.JPEG"), classes.index(wnid)) for wnid, name in found], classes
+
+
+def one_list_of_classes(args, found):
+    for (one, (_, ours)), (_, (_, theirs)) in itertools.permutations(found.items(), 2):
+        if only := sorted(set(ours).difference(theirs)):
+            few = ", ".join(only[:5])
+            fail(f"--data {args.data}: train/ and val/ differ: {len(only)} class folders are in {one}/ alone, as {few}")
+    return next(iter(found.values()))[1]
+
+
+def read_file(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_image(path, plan, check):
+    """The file's own bytes, when they begin as an image does; if that is to be scaled, a JPEG's."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        with Image.open(io.BytesIO(data)) as image:  # reads the header alone, size and all
-            return scale(image, **resize) if resize and min(image.size) > resize["shorter_side"] else data
+        data = read_file(path)
+        if check:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+        if plan["resize"] or not data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+            with Image.open(io.BytesIO(data)) as image:  # reads the header alone, size and all
+                if plan["resize"] and min(image.size) > plan["resize"]:
+                    return scale(image, plan["resize"], plan["quality"])
+        return data
     except Exception as error:  # Pillow raises nearly anything on broken bytes
         what = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # its text shows the bytes' address in memory
@@ -162,131 +244,291 @@ def scale(image, shorter_side, quality):
 # ---------------------------------------------------------------------------- planning the shards
 
 
-def plan_split(args, split, dataset):
-    """The split's entry in the index, and under "order" which images are written, one shard after the other."""
-    order = list(range(len(dataset.imgs)))
+def plan_split(args, split, images, classes):
+    """(the split's entry in the index, of shards not yet written, and the samples of each: [(key, path, class)])."""
+    source = hashlib.sha256()  # by which a later run knows the same files
+    for path, label in images:
+        source.update(f"{classes[label]}/{os.path.basename(path)}\n".encode("utf-8", "surrogateescape"))
+    samples = [(key, *image) for key, image in zip(make_keys(args, images), images, strict=True)]
     if split == "train":
-        random.Random(args.seed).shuffle(order)
-    counts = [min(args.maxcount, len(order) - first) for first in range(0, len(order), args.maxcount)]
-    keys = make_keys(args, split, dataset)
-    return {
+        random.Random(args.seed).shuffle(samples)
+    shards = [samples[first : first + args.maxcount] for first in range(0, len(samples), args.maxcount)]
+    entry = {
         "name": INDEX_NAMES[split],
-        "num_samples": len(order),
-        "filenames": [f"imagenet-{split}-{i:06d}.tar" for i in range(len(counts))],
-        "shard_lengths": counts,
-        "source": digest(keys[i] + dataset.imgs[i][0].removeprefix(os.path.join(dataset.root, "")) for i in order),
-        "resize": args.resize,
-        "order": order,
-        "keys": keys,
+        "num_samples": len(samples),
+        "filenames": [f"imagenet-{split}-{i:06d}.tar" for i in range(len(shards))],
+        "shard_lengths": list(map(len, shards)),
+        "shard_sha256": [None] * len(shards),
+        "plan": {"images": len(images), **{name: getattr(args, name) for name in OPTIONS}, "files": source.hexdigest()},
     }
+    return entry, shards
 
 
-def make_keys(args, split, dataset):
+def make_keys(args, images):
     """A key for each image, unique and without a dot, for at a dot WebDataset begins the member's ending."""
     if not args.filekey:
-        return [f"{i:07d}" for i in range(len(dataset.imgs))]
-    keys = [os.path.splitext(os.path.basename(path))[0].replace(".", "_") for path, _ in dataset.imgs]
+        return [f"{i:07d}" for i in range(len(images))]
+    keys = [os.path.splitext(os.path.basename(path))[0].replace(".", "_") for path, _ in images]
     first = {}
-    for key, (path, _) in zip(keys, dataset.imgs, strict=True):
+    for key, (path, _) in zip(keys, images, strict=True):
         if first.setdefault(key, path) != path:
             fail(f"--filekey: {first[key]} and {path} would have the same key; leave --filekey out")
     return keys
 
 
-def digest(lines):
-    """SHA-256 over lines of text: by it a later run knows the shards of the same files in the same order."""
-    total = hashlib.sha256()
-    for line in lines:
-        total.update(line.encode("utf-8", "surrogateescape") + b"\n")
-    return total.hexdigest()
+def difference(theirs, ours):
+    """In what shards that are there differ from those that are planned; None if in nothing."""
+    for name, value in ours["plan"].items():
+        other = theirs.get("plan", {}).get(name)
+        if other != value:
+            return "other files" if name == "files" else f"{name} {other}, not {value}"
+    return None
 
 
 # ---------------------------------------------------------------------------- writing
 
 
-def write_split(folder, dataset, plan):
-    """Write the split's shards into the folder, and return its entry for the index."""
-    order = iter(plan["order"])
-    with tqdm(total=plan["num_samples"], desc=plan["name"], unit=" images", disable=not sys.stderr.isatty()) as bar:
-        for filename, count in zip(plan["filenames"], plan["shard_lengths"], strict=True):
-            with open(os.path.join(folder, filename), "wb") as file:
-                for i in itertools.islice(order, count):
-                    path, label = dataset.imgs[i]
-                    file.writelines(member(f"{plan['keys'][i]}.cls", b"%d" % label))
-                    file.writelines(member(f"{plan['keys'][i]}.jpg", read_image(path, plan["resize"])))
-                    bar.update()
-                end = 2 * tarfile.BLOCKSIZE
-                file.write(bytes(end + -(file.tell() + end) % tarfile.RECORDSIZE))
-                file.flush()
-                os.fsync(file.fileno())
-    return {key: value for key, value in plan.items() if key not in ("order", "keys")}
+def write(args, pool):
+    """Write the shards that are not there yet. A second run in the folder waits for the first one."""
+    found = {split: find_images(args, split) for split in args.splits}
+    classes = one_list_of_classes(args, found)
+    plans = {split: plan_split(args, split, *found[split]) for split in args.splits}
+    if not os.path.isdir(args.shards):
+        fail(f"--shards {args.shards}: no such folder; make it first: mkdir {args.shards}")
+    try:
+        with contextlib.suppress(OSError):  # on a file system without locks
+            fcntl.flock(os.open(args.shards, os.O_RDONLY), fcntl.LOCK_EX)
+        index = read_json(os.path.join(args.shards, INDEX)) or {"splits": {}, "classes": classes}
+        if index.get("classes") != classes:
+            fail(f"--shards {args.shards}: its shards are of other classes; give another --shards")
+        for split, (entry, _) in plans.items():
+            entry["shard_sha256"] = known_digests(args, index, split, entry)
+        for split, (entry, shards) in plans.items():
+            state = write_split(args, pool, index, split, entry, shards)
+            print(f"{split}: {len(shards)} shards, {entry['num_samples']} samples {state}", flush=True)
+    except OSError as error:
+        fail(f"--shards {args.shards}: {error.strerror or error}; the same command goes on where it was")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for path in glob.glob(os.path.join(glob.escape(args.shards), "imagenet-*.tar.tmp")):
+            os.unlink(path)
+
+
+def known_digests(args, index, split, entry):
+    """The digests of shards that an earlier run wrote, None for others; refuses those of another plan."""
+    theirs = index["splits"].get(INDEX_NAMES[split]) or read_json(os.path.join(args.shards, f".{split}.json"))
+    there = sorted(name for name in os.listdir(args.shards) if re.fullmatch(rf"imagenet-{split}-\d+\.tar", name))
+    if theirs and (what := difference(theirs, entry)):
+        fail(f"--shards {args.shards}: its {split} shards are of another plan ({what}); give another --shards, or take "
+             f"them and their index away")  # fmt: skip
+    if there and not theirs:
+        fail(f"--shards {args.shards}: {there[0]} is there without an index; take it away or give another --shards")
+    return (theirs or entry)["shard_sha256"]
+
+
+def write_split(args, pool, index, split, entry, shards):
+    """See to the split's shards, and then name them in the index. What came of it, in words."""
+    journal, bad, there = os.path.join(args.shards, f".{split}.json"), [], 0
+    paths = [os.path.join(args.shards, name) for name in entry["filenames"]]
+    jobs = list(zip(range(len(paths)), paths, entry["shard_sha256"], shards, strict=True))
+    task = functools.partial(write_shard, plan=entry["plan"], check=args.check)
+    for _, _, number, sha256, wrong in in_parallel(pool, args, task, jobs, split, entry["num_samples"]):
+        there, bad = there + (not sha256 and not wrong), bad + wrong
+        if sha256:
+            entry["shard_sha256"][number] = sha256
+            write_json(journal, entry)  # first, so that a later run knows of each shard that is there
+            os.replace(f"{paths[number]}.tmp", paths[number])
+    if bad:
+        print(*bad, sep="\n", file=sys.stderr)
+        fail(f"--check: {len(bad)} of the {split} images are bad, those above; mend them, and run this again")
+    if there < len(paths) or INDEX_NAMES[split] not in index["splits"]:
+        index["splits"][INDEX_NAMES[split]] = entry
+        write_json(os.path.join(args.shards, INDEX), index)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(journal)
+    return "already there" if there == len(paths) else f"written{f', {there} of the shards earlier' if there else ''}"
+
+
+def write_shard(number, path, known, samples, plan, check):
+    """In a worker: (samples, bytes, number, sha256, messages on bad images) of a shard, written to PATH.tmp.
+
+    The digest is None where nothing is to be renamed: the shard is there, as it was written, or has bad images.
+    """
+    if known and os.path.exists(path) and hash_file(path) == known:
+        return len(samples), os.path.getsize(path), number, None, []
+    with open(f"{path}.tmp", "wb") as file:
+        shard, bad = Hashed(file), []
+        for key, image, label in samples:
+            try:
+                data = read_image(image, plan, check)
+            except DataError as error:
+                if not check:
+                    raise
+                bad.append(str(error))
+                continue
+            shard.write(member(f"{key}.cls", b"%d" % label) + member(f"{key}.jpg", data))
+        shard.write(bytes(1024 + -(shard.size + 1024) % tarfile.RECORDSIZE))
+        file.flush()
+        os.fsync(file.fileno())
+    return len(samples), shard.size, number, None if bad else shard.sha256.hexdigest(), bad
 
 
 def member(name, data):
     """A file of a tar: header, content, padding. The bytes are those of webdataset's TarWriter, in less time."""
     header = tarfile.TarInfo(name)  # owner and mtime are 0: the same bytes each time
     header.size, header.mode = len(data), 0o444
-    return header.tobuf(), data, bytes(-len(data) % tarfile.BLOCKSIZE)
+    return b"".join((header.tobuf(), data, bytes(-len(data) % tarfile.BLOCKSIZE)))
 
 
-def read_index(args, classes):
-    """The index that is already there, else an empty one."""
-    if not os.path.isdir(args.shards):
-        fail(f"--shards {args.shards}: no such folder; make it first: mkdir {args.shards}")
-    path = os.path.join(args.shards, INDEX)
-    if not os.path.lexists(path):
-        return {"splits": {}, "classes": classes}
-    try:
-        with open(path) as file:
-            index = json.load(file)
-        same = isinstance(index["splits"], dict) and index["classes"] == classes
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: not an index that this script wrote ({error}); give another --shards")
-    if not same:
-        fail(f"--shards {args.shards}: it holds shards of another dataset, with other classes; give another --shards")
-    return index
-
-
-def is_there(args, index, split, plan):
-    """Whether the folder holds this very plan's shards; others are refused, for nothing is ever written over."""
-    there = set(os.listdir(args.shards))
-    entry = index["splits"].get(INDEX_NAMES[split])
-    if entry is None:
-        found = sorted(name for name in there if name.startswith(f"imagenet-{split}-") and name.endswith(".tar"))
-        if found:
-            fail(f"--shards {args.shards}: {found[0]} is there without an index; take it away or give another --shards")
-        return False
-    for key in ("num_samples", "shard_lengths", "source"):
-        if entry.get(key) != plan[key]:
-            what = {"num_samples": "another number of images", "shard_lengths": "another --maxcount"}
-            fail(f"--shards {args.shards}: its {split} shards are of {what.get(key, 'other files or another order')}; "
-                 f"take them away or give another --shards")  # fmt: skip
-    if entry.get("resize") != plan["resize"]:
-        theirs, ours = resize_options(entry.get("resize")), resize_options(plan["resize"])
-        fail(f"--shards {args.shards}: its {split} shards were written with {theirs}, not with {ours}; "
-             f"take them away or give another --shards")  # fmt: skip
-    lost = [name for name in entry["filenames"] if name not in there]
-    if lost:
-        fail(f"--shards {args.shards}: {lost[0]} is in its index but not there; take the folder away and begin again")
-    return True
-
-
-def resize_options(resize):
-    """The options that an entry's "resize" stands for; it may be of an index that somebody changed."""
-    if not isinstance(resize, dict):
-        return "no --resize"
-    return f"--resize {resize.get('shorter_side')} --quality {resize.get('quality')}"
-
-
-def publish(args, partial, index):
-    """Move the whole shards to their names, and then the index, so that an index never names what is not there."""
-    filenames = sorted(os.listdir(partial))
-    with open(os.path.join(partial, INDEX), "w") as file:
-        json.dump(index, file, indent=1)
+def write_json(path, value):
+    """Write the file as a whole or not at all, and not before what was renamed earlier is on disk."""
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    for filename in [*filenames, INDEX]:
-        os.replace(os.path.join(partial, filename), os.path.join(args.shards, filename))
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    os.replace(f"{path}.tmp", path)
+
+
+def read_json(path):
+    """The index, or the entry of it, in the file; None if there is no file."""
+    try:
+        with open(path) as file:
+            value = json.load(file)
+        for entry in value["splits"].values() if "splits" in value else [value]:
+            list(zip(entry["filenames"], entry["shard_lengths"], strict=True))
+        return value
+    except FileNotFoundError:
+        return None
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        fail(f"{path}: not an index ({error}); take it away or give another --shards")
+
+
+# ---------------------------------------------------------------------------- reading shards
+
+
+def verify(args, pool):
+    """Compare the shards with their index, and with the folders where they are there. The exit status."""
+    index, problems = read_json(os.path.join(args.shards, INDEX)) or {"splits": {}}, []
+    for split in args.splits:
+        entry = index["splits"].get(INDEX_NAMES[split])
+        if entry is None:
+            fail(f"--shards {args.shards}: no {INDEX} there that names {split} shards; write them, or give --splits")
+        paths, lengths = [os.path.join(args.shards, name) for name in entry["filenames"]], entry["shard_lengths"]
+        digests, shards = entry.get("shard_sha256") or [None] * len(paths), [()] * len(paths)
+        compared, first = "the index", {}
+        if "plan" in entry and os.path.isdir(args.data):
+            vars(args).update((name, entry["plan"][name]) for name in OPTIONS)
+            plan, planned = plan_split(args, split, *find_images(args, split))
+            if what := difference(entry, plan):
+                problems.append(f"{args.data}: its {split} images are not those of the shards ({what})")
+            else:
+                shards, compared = planned, f"the index and {args.data}"
+        jobs, num_classes = zip(range(len(paths)), paths, shards, strict=True), len(index.get("classes", ()))
+        task = functools.partial(read_shard, num_classes=num_classes or sys.maxsize, compare=not args.resize)
+        for count, _, i, sha256, keys, wrong in in_parallel(pool, args, task, jobs, split, sum(lengths)):
+            problems += wrong
+            if count != lengths[i]:
+                problems.append(f"{paths[i]}: {count} samples, but {lengths[i]} by the index")
+            elif digests[i] not in (None, sha256):
+                problems.append(f"{paths[i]}: not the bytes that were written, by their SHA-256")
+            problems += [f"{paths[i]}: sample {key} is in {paths[first[key]]} too" for key in keys if key in first]
+            first.update(dict.fromkeys(keys, i))
+        print(f"{split}: {len(paths)} shards, {len(first)} samples, compared with {compared}", flush=True)
+    print(*problems, f"{len(problems)} things are wrong" if problems else "nothing is wrong", sep="\n")
+    return 1 if problems else 0
+
+
+def write_index(args, pool):
+    """Count the samples of shards, and name them in an index: beside them if they are local, else in --shards."""
+    try:
+        urls = [name for url in expand_urls(args.index) for name in sorted(glob.glob(url)) or [url]]
+    except (ValueError, AssertionError) as error:  # of unbalanced braces
+        fail(f"--index {args.index}: {error}")
+    folder, *others = sorted({os.path.dirname(url) for url in urls})
+    if others:
+        fail(f"--index {args.index}: in {folder} and {others[0]}; an index is of the shards in one folder")
+    path = os.path.join((folder or ".") if os.path.isdir(folder or ".") else args.shards, INDEX)
+    index = read_json(path) or {"splits": {}}
+    by_split = {split: [url for url in urls if split in os.path.basename(url)] for split in args.splits}
+    by_split = {args.splits[0]: urls} if len(args.splits) == 1 else by_split
+    if sorted(itertools.chain(*by_split.values())) != sorted(urls):
+        fail(f"--index {args.index}: of the training or the validation shards? give --splits train or --splits val")
+    for split, chosen in by_split.items():
+        if chosen and INDEX_NAMES[split] in index["splits"]:
+            fail(f"{path}: it names {split} shards already; take it away first")
+        lengths, digests = [0] * len(chosen), [None] * len(chosen)
+        for count, _, i, sha256, _, wrong in in_parallel(pool, args, read_shard, enumerate(chosen), split):
+            if wrong:
+                fail(f"--index {args.index}: {wrong[0]}")
+            lengths[i], digests[i] = count, sha256
+        if chosen:
+            entry = {"name": INDEX_NAMES[split], "num_samples": sum(lengths), "shard_lengths": lengths}
+            entry |= {"filenames": [os.path.basename(url) for url in chosen], "shard_sha256": digests}
+            index["splits"][INDEX_NAMES[split]] = entry
+            print(f"{split}: {len(chosen)} shards, {sum(lengths)} samples", flush=True)
+    write_json(path, index)
+    print(f"named in {path}")
+
+
+def read_shard(number, url, planned=(), num_classes=sys.maxsize, compare=False):
+    """In a worker: (samples, bytes, number, sha256, keys, messages on what is wrong) of a shard.
+
+    Its samples must be those that are planned, if any are: (key, path, class), with the path's bytes if they compare.
+    """
+    keys, wrong, shard, files = [], [], Hashed(None), {key: file for key, *file in planned}
+    try:
+        with contextlib.closing(gopen(url)) as shard.file:
+            for sample in read_samples(shard, url):
+                key, images = sample["__key__"], [sample[ending] for ending in IMAGES if ending in sample]
+                label = int(sample["cls"]) if sample.get("cls", b"").strip().isdigit() else num_classes
+                path, wanted = files.get(key, (None, None if planned else label))
+                keys.append(key)
+                if len(images) != 1 or label >= num_classes:
+                    wrong.append(f"{url}: sample {key} does not hold one image and a class that there is")
+                elif label != wanted:
+                    wrong.append(f"{url}: sample {key} of class {label} is not one of the folder")
+                elif path and compare and images[0] != read_file(path):
+                    wrong.append(f"{url}: sample {key} does not hold the bytes of {path}")
+    except Exception as error:  # a broken tar may raise anything
+        wrong.append(f"{url}: broken after {len(keys)} samples ({error})")
+    return len(keys), shard.size, number, shard.sha256.hexdigest(), keys, wrong
+
+
+def read_samples(shard, url):
+    """The samples of a Hashed tar, as webdataset reads them; ValueError if it is cut off."""
+    yield from group_by_keys(tar_file_expander([{"url": url, "stream": shard}]))
+    while shard.read(1 << 20):
+        pass
+    if shard.end != bytes(1024):
+        raise ValueError("it is cut off, or damaged at its end")
+
+
+def hash_file(path):
+    with open(path, "rb") as file:
+        shard = Hashed(file)
+        while shard.read(1 << 20):
+            pass
+    return shard.sha256.hexdigest()
+
+
+class Hashed:
+    """A file that is hashed and counted as it is written or read; `end` is the last of what was read."""
+
+    def __init__(self, file):
+        self.file, self.sha256, self.size, self.end = file, hashlib.sha256(), 0, b""
+
+    def write(self, data):
+        self.sha256.update(data)
+        self.size += self.file.write(data)
+
+    def read(self, size):
+        data = self.file.read(size)
+        self.sha256.update(data)
+        self.size, self.end = self.size + len(data), (self.end + data)[-1024:]
+        return data
 
 
 if __name__ == "__main__":

@@ -180,8 +180,8 @@ def loading_rows(folders, decode, resized):
         rows.append(Row(f"{dataset}/{decode}", dataset, decode, [where[dataset], folder]))
     last = rows[-1].decode
     if resized:
-        resize = training_entry(resized).get("resize")
-        what = f"{resize['shorter_side']} px" if resize else os.path.basename(os.path.abspath(resized))
+        resize = training_entry(resized).get("plan", {}).get("resize")
+        what = f"{resize} px" if resize else os.path.basename(os.path.abspath(resized))
         rows.append(Row(f"wds/{last}, {what}", "wds", last, ["--shards", resized]))
     rows.append(Row("dummy", "dummy", last, ["--dummy"]))
     rows += [Row(f"ceiling {name}", "ceiling", name, []) for name in decoders]

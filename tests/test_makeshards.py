@@ -82,15 +82,12 @@ def test_imagenet_has_1282_and_50_shards():
     makeshards, pair = load("makeshards.py"), load("main-orig.py")
 
     class Args:
-        maxcount, seed, filekey, resize = 1000, 0, False, None
-
-    class Folder:
-        root = ""
+        maxcount, seed, filekey, resize, quality = 1000, 0, False, None, None
 
     shapes = {}
     for split, size in (("train", pair.TRAIN_SIZE), ("val", pair.VAL_SIZE)):
-        Folder.imgs = [(f"{i}", 0) for i in range(size)]
-        plan = makeshards.plan_split(Args, split, Folder)
+        plan, shards = makeshards.plan_split(Args, split, [(f"{i}", 0) for i in range(size)], ["class"])
+        assert [len(shard) for shard in shards] == plan["shard_lengths"]
         shapes[split] = len(plan["filenames"]), plan["shard_lengths"][0], plan["shard_lengths"][-1]
         assert sum(plan["shard_lengths"]) == plan["num_samples"] == size
     assert shapes == {"train": (1282, 1000, 167), "val": (50, 1000, 1000)}
@@ -122,7 +119,7 @@ def test_members_are_as_webdataset_writes_them(name):
         with wds.TarWriter(file, user="", group="", compress=False, encoder=False, mtime=0) as shard:
             shard.write({"__key__": name, "cls": data, "jpg": b"next"})
         member = load("makeshards.py").member
-        both = b"".join([*member(f"{name}.cls", data), *member(f"{name}.jpg", b"next")])
+        both = member(f"{name}.cls", data) + member(f"{name}.jpg", b"next")
         assert file.getvalue().startswith(both) and not any(file.getvalue()[len(both) :])
 
 
