@@ -46,7 +46,7 @@ from torchvision.datasets import ImageFolder, imagenet
 from tqdm import tqdm
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 INDEX = "_info.json"  # its name and shape are those that timm reads and the hub's ImageNet shards have
 INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
@@ -71,8 +71,9 @@ def parse_args():
     add("--check", action="store_true", help="decode every image, and list all that are bad")
     add("--resize", type=int, metavar="N", help="scale larger images to a shorter side of N pixels (off)")
     add("--quality", type=int, metavar="Q", help=f"with --resize: of the scaled images' JPEG, 1 to 100 ({QUALITY})")
-    add("--verify", action="store_true", help="write nothing; read the shards, and exit with 1 if something is wrong")
-    add("--index", metavar="URLS", help="write the index of these shards: a brace pattern, a glob or a URL")
+    only = parser.add_mutually_exclusive_group().add_argument
+    only("--verify", action="store_true", help="write nothing; read the shards, and exit with 1 if something is wrong")
+    only("--index", metavar="URLS", help="write the index of these shards: a brace pattern, a glob or a URL")
     args = parser.parse_args()
     args.splits = args.splits.split(",")
     if not set(args.splits) <= INDEX_NAMES.keys():
@@ -103,12 +104,16 @@ def main():
     status = 2
     try:
         args = parse_args()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the workers know what to do at Ctrl-C
         pool = ProcessPoolExecutor(args.workers, initializer=begin_worker)
         try:
+            pool.submit(os.getpid).result()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             task = write_index if args.index else verify if args.verify else write
             sys.exit(task(args, pool))
         finally:
             pool.shutdown(cancel_futures=True)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     except DataError as error:
         message = error
     except BrokenProcessPool:
@@ -122,6 +127,7 @@ def main():
 def begin_worker():
     """Let a worker end when the main process does, even if that is killed, and without a word at Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -149,46 +155,66 @@ def in_parallel(pool, args, function, jobs, what, total=None):
 # ---------------------------------------------------------------------------- reading the folders
 
 
+def split_folder(args, split):
+    kaggle = os.path.join(args.data, "ILSVRC", "Data", "CLS-LOC")
+    return os.path.join(kaggle if os.path.isdir(kaggle) else args.data, split)
+
+
 def find_images(args, split):
     """([(path, class)], names of the class folders) of a split, as torchvision's ImageFolder has them."""
-    kaggle = os.path.join(args.data, "ILSVRC", "Data", "CLS-LOC")
-    folder = os.path.join(kaggle if os.path.isdir(kaggle) else args.data, split)
+    folder = split_folder(args, split)
     try:
-        if not os.path.exists(folder):
-            unpack(args.data, split, folder)
         if split == "val" and not any(os.path.isdir(os.path.join(folder, name)) for name in os.listdir(folder)):
             return find_flat_images(args, folder)
         found = ImageFolder(folder)
         return found.imgs, found.classes
-    except (OSError, RuntimeError, ImportError) as error:
+    except OSError as error:
         fail(f"--data {args.data}: {str(error).rstrip('. ')}; {split}/ must hold a folder of images for each class")
 
 
-def unpack(data, split, folder):
-    """Unpack torchvision's own archive of the split if that is there. torchvision checks its MD5 sum."""
+def unpack(data, split):
+    """Unpack torchvision's own archive of the split, if that is all there is. torchvision checks its MD5 sum."""
     archive, partial = os.path.join(data, f"ILSVRC2012_img_{split}.tar"), f"{split}.unpacking"
-    if os.path.exists(archive):
-        print(f"unpacking {archive} to {folder}, which takes as much disk again", flush=True)
-        shutil.rmtree(os.path.join(data, partial), ignore_errors=True)
-        if split == "val" and not os.path.exists(os.path.join(data, imagenet.META_FILE)):
-            imagenet.parse_devkit_archive(data)  # for the classes; needs scipy
-        getattr(imagenet, f"parse_{split}_archive")(data, folder=partial)
-        os.rename(os.path.join(data, partial), folder)
+    folder = os.path.join(data, split)
+    if os.path.exists(folder) or not os.path.exists(archive):
+        return
+    try:
+        lock(data)
+        if not os.path.exists(folder):
+            print(f"unpacking {archive} to {folder}, which takes as much disk again", flush=True)
+            shutil.rmtree(os.path.join(data, partial), ignore_errors=True)
+            if split == "val" and not os.path.exists(os.path.join(data, imagenet.META_FILE)):
+                imagenet.parse_devkit_archive(data)  # for the classes; needs scipy
+            getattr(imagenet, f"parse_{split}_archive")(data, folder=partial)
+            os.rename(os.path.join(data, partial), folder)
+    except (OSError, RuntimeError, ImportError) as error:
+        fail(f"{archive}: torchvision can't unpack it: {str(error).rstrip('. ')}")
+
+
+def lock(folder):
+    """Wait for another run that has locked the folder; hold it until this run ends."""
+    with contextlib.suppress(OSError):  # on a file system without locks
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
 
 
 def find_flat_images(args, folder):
     """The same for Kaggle's val/, whose images lie side by side, with their classes in a table."""
-    places = args.data, os.path.join(os.path.realpath(folder), "..", "..", "..", "..")
-    tables = [path for place in places if os.path.exists(path := os.path.join(place, "LOC_val_solution.csv"))]
-    if not tables:
+    tables = [os.path.join(place, "LOC_val_solution.csv") for place in (args.data, f"{folder}/../../../..")]
+    table = next(filter(os.path.exists, tables), None)
+    if table is None:
         fail(f"{folder}: no class folders; move its images into a folder for each class, as train/ has them, or put "
              f"Kaggle's LOC_val_solution.csv into {args.data}")  # fmt: skip
-    with open(tables[0], newline="") as file:
-        found = sorted((row["PredictionString"].split()[0], row["ImageId"]) for row in csv.DictReader(file))
-    if {f"{name}.JPEG" for _, name in found} != set(os.listdir(folder)):
-        fail(f"{folder}: its files are not those of {tables[0]}")
-    classes = sorted({wnid for wnid, _ in found})
-    return [(os.path.join(folder, f"{name}.JPEG"), classes.index(wnid)) for wnid, name in found], classes
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            wnids = {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except (KeyError, IndexError, ValueError, csv.Error) as error:
+        fail(f"{table}: not Kaggle's table of ImageId and PredictionString ({error!r})")
+    if odd := sorted(wnids.keys() ^ set(os.listdir(folder))):
+        fail(f"{folder}: it and {table} must name the same images, but {len(odd)} are in one alone, as {odd[0]}")
+    classes = sorted(set(wnids.values()))
+    return [
+        (os.path.join(folder, name), classes.index(wnids[name])) for name in sorted(wnids, key=lambda x: (wnids[x], x))
+    ], classes
 
 
 def one_list_of_classes(args, found):
@@ -220,7 +246,7 @@ def read_image(path, plan, check):
         what = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # its text shows the bytes' address in memory
             what = "Pillow finds no image in it" if data else "it is empty"
-        fail(f"{path}: not a readable image ({what}); mend it or take it away, and run this again")
+        fail(f"{path}: not a readable image ({what}); mend it, and run this again")
 
 
 def scale(image, shorter_side, quality):
@@ -279,9 +305,9 @@ def make_keys(args, images):
 def difference(theirs, ours):
     """In what shards that are there differ from those that are planned; None if in nothing."""
     for name, value in ours["plan"].items():
-        other = theirs.get("plan", {}).get(name)
-        if other != value:
-            return "other files" if name == "files" else f"{name} {other}, not {value}"
+        if (other := theirs.get("plan", {}).get(name)) != value:
+            there, here = ("off" if x is None or x is False else x for x in (other, value))
+            return "other files" if name == "files" else f"{name}: {there} there, {here} here"
     return None
 
 
@@ -290,14 +316,15 @@ def difference(theirs, ours):
 
 def write(args, pool):
     """Write the shards that are not there yet. A second run in the folder waits for the first one."""
+    for split in args.splits:
+        unpack(args.data, split)
     found = {split: find_images(args, split) for split in args.splits}
     classes = one_list_of_classes(args, found)
     plans = {split: plan_split(args, split, *found[split]) for split in args.splits}
     if not os.path.isdir(args.shards):
         fail(f"--shards {args.shards}: no such folder; make it first: mkdir {args.shards}")
+    lock(args.shards)
     try:
-        with contextlib.suppress(OSError):  # on a file system without locks
-            fcntl.flock(os.open(args.shards, os.O_RDONLY), fcntl.LOCK_EX)
         index = read_json(os.path.join(args.shards, INDEX)) or {"splits": {}, "classes": classes}
         if index.get("classes") != classes:
             fail(f"--shards {args.shards}: its shards are of other classes; give another --shards")
@@ -310,17 +337,19 @@ def write(args, pool):
         fail(f"--shards {args.shards}: {error.strerror or error}; the same command goes on where it was")
     finally:
         pool.shutdown(cancel_futures=True)
-        for path in glob.glob(os.path.join(glob.escape(args.shards), "imagenet-*.tar.tmp")):
-            os.unlink(path)
+        for name in os.listdir(args.shards):
+            if re.fullmatch(r"(imagenet-\w+-\d+\.tar|(_info|\.train|\.val)\.json)\.tmp", name):
+                os.unlink(os.path.join(args.shards, name))
 
 
 def known_digests(args, index, split, entry):
     """The digests of shards that an earlier run wrote, None for others; refuses those of another plan."""
-    theirs = index["splits"].get(INDEX_NAMES[split]) or read_json(os.path.join(args.shards, f".{split}.json"))
+    place = INDEX if INDEX_NAMES[split] in index["splits"] else f".{split}.json"
+    theirs = (read_json(os.path.join(args.shards, place)) or {"splits": {}})["splits"].get(INDEX_NAMES[split])
     there = sorted(name for name in os.listdir(args.shards) if re.fullmatch(rf"imagenet-{split}-\d+\.tar", name))
     if theirs and (what := difference(theirs, entry)):
         fail(f"--shards {args.shards}: its {split} shards are of another plan ({what}); give another --shards, or take "
-             f"them and their index away")  # fmt: skip
+             f"them and {place} away")  # fmt: skip
     if there and not theirs:
         fail(f"--shards {args.shards}: {there[0]} is there without an index; take it away or give another --shards")
     return (theirs or entry)["shard_sha256"]
@@ -336,7 +365,9 @@ def write_split(args, pool, index, split, entry, shards):
         there, bad = there + (not sha256 and not wrong), bad + wrong
         if sha256:
             entry["shard_sha256"][number] = sha256
-            write_json(journal, entry)  # first, so that a later run knows of each shard that is there
+            write_json(
+                journal, {"splits": {entry["name"]: entry}}
+            )  # first, so that a later run knows of each shard that is there
             os.replace(f"{paths[number]}.tmp", paths[number])
     if bad:
         print(*bad, sep="\n", file=sys.stderr)
@@ -393,17 +424,22 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The index, or the entry of it, in the file; None if there is no file."""
+    """The index in the file; None if there is no file."""
     try:
         with open(path) as file:
-            value = json.load(file)
-        for entry in value["splits"].values() if "splits" in value else [value]:
-            list(zip(entry["filenames"], entry["shard_lengths"], strict=True))
-        return value
+            index = json.load(file)
+        for entry in index["splits"].values():
+            digests = entry.get("shard_sha256", entry["filenames"])
+            for name, length, _ in zip(entry["filenames"], entry["shard_lengths"], digests, strict=True):
+                if not (isinstance(name, str) and isinstance(length, int)):
+                    raise ValueError(f"{name!r}: {length!r}")
+            if "plan" in entry and not entry["plan"].keys() >= {"images", *OPTIONS}:
+                raise ValueError(f"plan: {entry['plan']}")
+        return index
     except FileNotFoundError:
         return None
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        fail(f"{path}: not an index ({error}); take it away or give another --shards")
+        fail(f"{path}: not an index ({error!r}); take it away or give another --shards")
 
 
 # ---------------------------------------------------------------------------- reading shards
@@ -419,11 +455,18 @@ def verify(args, pool):
         paths, lengths = [os.path.join(args.shards, name) for name in entry["filenames"]], entry["shard_lengths"]
         digests, shards = entry.get("shard_sha256") or [None] * len(paths), [()] * len(paths)
         compared, first = "the index", {}
-        if "plan" in entry and os.path.isdir(args.data):
+        if entry.get("num_samples") != sum(lengths) or ("plan" in entry and entry["plan"]["images"] != sum(lengths)):
+            problems.append(f"{args.shards}/{INDEX}: {split} has {entry.get('num_samples')} samples, but its shards "
+                            f"{sum(lengths)}, of {entry.get('plan', entry).get('images', 'some')} images")  # fmt: skip
+        if "plan" in entry and os.path.isdir(split_folder(args, split)):
             vars(args).update((name, entry["plan"][name]) for name in OPTIONS)
-            plan, planned = plan_split(args, split, *find_images(args, split))
-            if what := difference(entry, plan):
-                problems.append(f"{args.data}: its {split} images are not those of the shards ({what})")
+            images, classes = find_images(args, split)
+            plan, planned = plan_split(args, split, images, classes)
+            what = difference(entry, plan) or ("classes" if classes != index.get("classes") else None)
+            if what or len(planned) != len(paths):
+                problems.append(
+                    f"{args.data}: its {split} images are not those of the shards ({what or 'more shards'})"
+                )
             else:
                 shards, compared = planned, f"the index and {args.data}"
         jobs, num_classes = zip(range(len(paths)), paths, shards, strict=True), len(index.get("classes", ()))
@@ -434,8 +477,10 @@ def verify(args, pool):
                 problems.append(f"{paths[i]}: {count} samples, but {lengths[i]} by the index")
             elif digests[i] not in (None, sha256):
                 problems.append(f"{paths[i]}: not the bytes that were written, by their SHA-256")
-            problems += [f"{paths[i]}: sample {key} is in {paths[first[key]]} too" for key in keys if key in first]
-            first.update(dict.fromkeys(keys, i))
+            for key in keys:
+                if key in first:
+                    problems.append(f"{paths[i]}: sample {key} is in {paths[first[key]]}, too")
+                first[key] = i
         print(f"{split}: {len(paths)} shards, {len(first)} samples, compared with {compared}", flush=True)
     print(*problems, f"{len(problems)} things are wrong" if problems else "nothing is wrong", sep="\n")
     return 1 if problems else 0
@@ -451,6 +496,8 @@ def write_index(args, pool):
     if others:
         fail(f"--index {args.index}: in {folder} and {others[0]}; an index is of the shards in one folder")
     path = os.path.join((folder or ".") if os.path.isdir(folder or ".") else args.shards, INDEX)
+    if not os.path.isdir(os.path.dirname(path)):
+        fail(f"--shards {args.shards}: no such folder for the index; make it first: mkdir {args.shards}")
     index = read_json(path) or {"splits": {}}
     by_split = {split: [url for url in urls if split in os.path.basename(url)] for split in args.splits}
     by_split = {args.splits[0]: urls} if len(args.splits) == 1 else by_split
@@ -469,7 +516,10 @@ def write_index(args, pool):
             entry |= {"filenames": [os.path.basename(url) for url in chosen], "shard_sha256": digests}
             index["splits"][INDEX_NAMES[split]] = entry
             print(f"{split}: {len(chosen)} shards, {sum(lengths)} samples", flush=True)
-    write_json(path, index)
+    try:
+        write_json(path, index)
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}")
     print(f"named in {path}")
 
 
@@ -480,7 +530,7 @@ def read_shard(number, url, planned=(), num_classes=sys.maxsize, compare=False):
     """
     keys, wrong, shard, files = [], [], Hashed(None), {key: file for key, *file in planned}
     try:
-        with contextlib.closing(gopen(url)) as shard.file:
+        with contextlib.closing(open(url, "rb") if os.path.exists(url) else gopen(url)) as shard.file:
             for sample in read_samples(shard, url):
                 key, images = sample["__key__"], [sample[ending] for ending in IMAGES if ending in sample]
                 label = int(sample["cls"]) if sample.get("cls", b"").strip().isdigit() else num_classes
@@ -498,12 +548,14 @@ def read_shard(number, url, planned=(), num_classes=sys.maxsize, compare=False):
 
 
 def read_samples(shard, url):
-    """The samples of a Hashed tar, as webdataset reads them; ValueError if it is cut off."""
-    yield from group_by_keys(tar_file_expander([{"url": url, "stream": shard}]))
+    """The samples of a Hashed tar, grouped as webdataset does; ValueError if it is damaged or cut off."""
+    with tarfile.open(fileobj=shard, mode="r|") as tar:
+        files = ({"fname": m.name, "data": tar.extractfile(m).read(), "__url__": url} for m in tar if m.isreg())
+        yield from group_by_keys(file for file in files if not file["fname"].startswith("__"))
     while shard.read(1 << 20):
         pass
-    if shard.end != bytes(1024):
-        raise ValueError("it is cut off, or damaged at its end")
+    if shard.content > tar.offset or shard.size < tar.offset + 1024:  # where tarfile stopped there must be zeros
+        raise ValueError(f"it is damaged or cut off at byte {tar.offset}")
 
 
 def hash_file(path):
@@ -515,10 +567,10 @@ def hash_file(path):
 
 
 class Hashed:
-    """A file that is hashed and counted as it is written or read; `end` is the last of what was read."""
+    """A file that is hashed and counted as it is written or read; from `content` on, what was read is zeros."""
 
     def __init__(self, file):
-        self.file, self.sha256, self.size, self.end = file, hashlib.sha256(), 0, b""
+        self.file, self.sha256, self.size, self.content = file, hashlib.sha256(), 0, 0
 
     def write(self, data):
         self.sha256.update(data)
@@ -527,7 +579,9 @@ class Hashed:
     def read(self, size):
         data = self.file.read(size)
         self.sha256.update(data)
-        self.size, self.end = self.size + len(data), (self.end + data)[-1024:]
+        if content := len(data.rstrip(b"\0")):
+            self.content = self.size + content
+        self.size += len(data)
         return data
 
 

@@ -24,7 +24,6 @@ its start, making the loader and litdata's chunks are not in it. The first round
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -38,6 +37,7 @@ import time
 from importlib.metadata import distributions
 
 import torch
+from bench import cpu_name, say, script
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -49,21 +49,9 @@ SIZE, AREA, ASPECT = 224, (0.08, 1.0), (3 / 4, 4 / 3)  # as v2.RandomResizedCrop
 AUGMENT = v2.Compose([v2.RandomResizedCrop(SIZE, AREA, ASPECT, antialias=True), v2.RandomHorizontalFlip()])
 
 
-def say(line):
-    print(line, flush=True)
-
-
 def fail(message):
     print(f"peers: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def load_script():
-    """main-wds.py as a module."""
-    spec = importlib.util.spec_from_file_location("main_wds", os.path.join(ROOT, "main-wds.py"))
-    sys.modules["main_wds"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["main_wds"])
-    return sys.modules["main_wds"]
 
 
 # ---------------------------------------------------------------------------- what all of them read
@@ -71,19 +59,19 @@ def load_script():
 
 def make_plan(args):
     """The options, and what an epoch reads: "urls" and "lengths" of shards, the same "samples" as (path, class)."""
-    script, plan = load_script(), {**vars(args), "urls": [], "lengths": [], "samples": []}
+    main_wds, plan = script(), {**vars(args), "urls": [], "lengths": [], "samples": []}
     try:
         files = datasets.ImageFolder(os.path.join(args.data, "train")).samples
-        known = script.read_index(os.path.join(args.shards, ""), "train")
-    except (OSError, script.DataError) as error:
-        fail(script.first_line(error))
-    if not known or not all(map(script.is_local, known)):
+        known = main_wds.read_index(os.path.join(args.shards, ""), "train")
+    except (OSError, main_wds.DataError) as error:
+        fail(main_wds.first_line(error))
+    if not known or not all(map(main_wds.is_local, known)):
         fail(f"--shards {args.shards}: write shards of --data there with makeshards.py")
     by_key = {os.path.splitext(os.path.basename(file[0]))[0].replace(".", "_"): file for file in files}  # --filekey
     by_key |= {f"{i:07d}": file for i, file in enumerate(files)}
     for url, length in known.items():
         with open(url, "rb") as stream:
-            keys = [sample["__key__"] for sample in script.tar_samples(stream, first=sys.maxsize)]
+            keys = [sample["__key__"] for sample in main_wds.tar_samples(stream, first=sys.maxsize)]
         if len(keys) != length or not by_key.keys() >= set(keys):
             fail(f"{url}: not a shard of the images in {args.data}/train; make the shards anew")
         plan["urls"].append(url)
@@ -117,12 +105,12 @@ def make_chunks(plan, folder):
 
 
 def make_ours(name, plan):
-    script, (dataset, decode) = load_script(), name.split("/")
+    main_wds, (dataset, decode) = script(), name.split("/")
     sys.argv = ["main-wds.py", "--dataset", dataset, "--decode", decode, "--workers", str(plan["workers"])]
     sys.argv += ["--batch-size", str(plan["batch_size"]), "--data", plan["data"], "--shards", plan["shards"]]
-    args = script.parse_args()
+    args = main_wds.parse_args()
     args.rank, args.world_size, args.distributed, args.device = 0, 1, False, torch.device("cpu")
-    make_train_loader, _ = script.LOADERS[dataset]
+    make_train_loader, _ = main_wds.LOADERS[dataset]
     loader = make_train_loader(args)
     if dataset == "wds":
         loader.dataset.urls, loader.dataset.lengths = plan["urls"], plan["lengths"]
@@ -194,9 +182,9 @@ def colours(images):
     axes = (0, 1, 2) if images.shape[-1] == 3 else (0, 2, 3)
     std, mean = torch.std_mean(images.float(), axes)
     if images.dtype != torch.uint8:
-        script = load_script()
-        scale = 255 * torch.tensor(script.STD)
-        std, mean = std * scale, mean * scale + 255 * torch.tensor(script.MEAN)
+        main_wds = script()
+        scale = 255 * torch.tensor(main_wds.STD)
+        std, mean = std * scale, mean * scale + 255 * torch.tensor(main_wds.MEAN)
     return torch.cat([mean, std])
 
 
@@ -232,12 +220,7 @@ def version_of(package):
 
 
 def machine(packages):
-    try:
-        with open("/proc/cpuinfo") as file:
-            cpu = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, " + ", ".join(packages)
+    return f"{cpu_name()}, {os.cpu_count()} cores; Python {platform.python_version()}, " + ", ".join(packages)
 
 
 def parse_args():
