@@ -179,7 +179,7 @@ def unpack(data, split):
     if os.path.exists(folder) or not os.path.exists(archive):
         return
     try:
-        lock(data)
+        held = lock(data)
         if not os.path.exists(folder):
             print(f"unpacking {archive} to {folder}, which takes as much disk again", flush=True)
             shutil.rmtree(os.path.join(data, partial), ignore_errors=True)
@@ -187,14 +187,17 @@ def unpack(data, split):
                 imagenet.parse_devkit_archive(data)  # for the classes; needs scipy
             getattr(imagenet, f"parse_{split}_archive")(data, folder=partial)
             os.rename(os.path.join(data, partial), folder)
+        os.close(held)
     except (OSError, RuntimeError, ImportError) as error:
         fail(f"{archive}: torchvision can't unpack it: {str(error).rstrip('. ')}")
 
 
 def lock(folder):
-    """Wait for another run that has locked the folder; hold it until this run ends."""
+    """Wait for another run that holds the folder, and hold it until the descriptor is closed or this run ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):  # on a file system without locks
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def find_flat_images(args, folder):
@@ -497,7 +500,7 @@ def write_index(args, pool):
         fail(f"--index {args.index}: in {folder} and {others[0]}; an index is of the shards in one folder")
     path = os.path.join((folder or ".") if os.path.isdir(folder or ".") else args.shards, INDEX)
     if not os.path.isdir(os.path.dirname(path)):
-        fail(f"--shards {args.shards}: no such folder for the index; make it first: mkdir {args.shards}")
+        fail(f"--index {args.index}: no folder {args.shards} for the index; make it first: mkdir {args.shards}")
     index = read_json(path) or {"splits": {}}
     by_split = {split: [url for url in urls if split in os.path.basename(url)] for split in args.splits}
     by_split = {args.splits[0]: urls} if len(args.splits) == 1 else by_split
