@@ -68,7 +68,7 @@ def parse_args():
     add("--filekey", action="store_true", help="the key is the file's name without its ending")
     add("--seed", type=int, default=0, metavar="N", help="of the training samples' order (%(default)s)")
     add("--workers", type=int, default=cores, metavar="N", help="processes (as many as cores: %(default)s)")
-    add("--check", action="store_true", help="decode every image, and list all that are bad")
+    add("--check", action="store_true", help="decode every image before it is written, and list all that are bad")
     add("--resize", type=int, metavar="N", help="scale larger images to a shorter side of N pixels (off)")
     add("--quality", type=int, metavar="Q", help=f"with --resize: of the scaled images' JPEG, 1 to 100 ({QUALITY})")
     only = parser.add_mutually_exclusive_group().add_argument
@@ -104,10 +104,10 @@ def main():
     status = 2
     try:
         args = parse_args()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the workers know what to do at Ctrl-C
         pool = ProcessPoolExecutor(args.workers, initializer=begin_worker)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the workers know what to do at Ctrl-C
         try:
-            pool.submit(os.getpid).result()
+            list(pool.map(abs, range(args.workers)))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             task = write_index if args.index else verify if args.verify else write
             sys.exit(task(args, pool))
@@ -189,14 +189,20 @@ def unpack(data, split):
             os.rename(os.path.join(data, partial), folder)
         os.close(held)
     except (OSError, RuntimeError, ImportError) as error:
-        fail(f"{archive}: torchvision can't unpack it: {str(error).rstrip('. ')}")
+        way_out = "; pip install it" if isinstance(error, ImportError) else ""
+        fail(f"{archive}: torchvision can't unpack it: {str(error).rstrip('. ')}{way_out}")
 
 
 def lock(folder):
     """Wait for another run that holds the folder, and hold it until the descriptor is closed or this run ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):  # on a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if sys.stderr.isatty():
+                print(f"waiting for another run in {folder}", file=sys.stderr)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
 
@@ -210,14 +216,13 @@ def find_flat_images(args, folder):
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             wnids = {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-    except (KeyError, IndexError, ValueError, csv.Error) as error:
+    except (AttributeError, KeyError, IndexError, ValueError, csv.Error) as error:
         fail(f"{table}: not Kaggle's table of ImageId and PredictionString ({error!r})")
-    if odd := sorted(wnids.keys() ^ set(os.listdir(folder))):
+    if odd := sorted(wnids.keys() ^ {name for name in os.listdir(folder) if not name.startswith(".")}):
         fail(f"{folder}: it and {table} must name the same images, but {len(odd)} are in one alone, as {odd[0]}")
-    classes = sorted(set(wnids.values()))
-    return [
-        (os.path.join(folder, name), classes.index(wnids[name])) for name in sorted(wnids, key=lambda x: (wnids[x], x))
-    ], classes
+    number = {wnid: i for i, wnid in enumerate(sorted(set(wnids.values())))}
+    found = sorted((number[wnid], name) for name, wnid in wnids.items())
+    return [(os.path.join(folder, name), label) for label, name in found], list(number)
 
 
 def one_list_of_classes(args, found):
@@ -275,7 +280,7 @@ def scale(image, shorter_side, quality):
 
 def plan_split(args, split, images, classes):
     """(the split's entry in the index, of shards not yet written, and the samples of each: [(key, path, class)])."""
-    source = hashlib.sha256()  # by which a later run knows the same files
+    source = hashlib.sha256()  # by which a later run knows the same files; not by their content
     for path, label in images:
         source.update(f"{classes[label]}/{os.path.basename(path)}\n".encode("utf-8", "surrogateescape"))
     samples = [(key, *image) for key, image in zip(make_keys(args, images), images, strict=True)]
@@ -319,15 +324,15 @@ def difference(theirs, ours):
 
 def write(args, pool):
     """Write the shards that are not there yet. A second run in the folder waits for the first one."""
+    if not os.path.isdir(args.shards):
+        fail(f"--shards {args.shards}: no such folder; make it first: mkdir {args.shards}")
     for split in args.splits:
         unpack(args.data, split)
     found = {split: find_images(args, split) for split in args.splits}
     classes = one_list_of_classes(args, found)
     plans = {split: plan_split(args, split, *found[split]) for split in args.splits}
-    if not os.path.isdir(args.shards):
-        fail(f"--shards {args.shards}: no such folder; make it first: mkdir {args.shards}")
-    lock(args.shards)
     try:
+        lock(args.shards)
         index = read_json(os.path.join(args.shards, INDEX)) or {"splits": {}, "classes": classes}
         if index.get("classes") != classes:
             fail(f"--shards {args.shards}: its shards are of other classes; give another --shards")
@@ -340,9 +345,10 @@ def write(args, pool):
         fail(f"--shards {args.shards}: {error.strerror or error}; the same command goes on where it was")
     finally:
         pool.shutdown(cancel_futures=True)
-        for name in os.listdir(args.shards):
-            if re.fullmatch(r"(imagenet-\w+-\d+\.tar|(_info|\.train|\.val)\.json)\.tmp", name):
-                os.unlink(os.path.join(args.shards, name))
+        with contextlib.suppress(OSError):
+            for name in os.listdir(args.shards):
+                if re.fullmatch(r"(imagenet-\w+-\d+\.tar|(_info|\.train|\.val)\.json)\.tmp", name):
+                    os.unlink(os.path.join(args.shards, name))
 
 
 def known_digests(args, index, split, entry):
@@ -350,12 +356,13 @@ def known_digests(args, index, split, entry):
     place = INDEX if INDEX_NAMES[split] in index["splits"] else f".{split}.json"
     theirs = (read_json(os.path.join(args.shards, place)) or {"splits": {}})["splits"].get(INDEX_NAMES[split])
     there = sorted(name for name in os.listdir(args.shards) if re.fullmatch(rf"imagenet-{split}-\d+\.tar", name))
-    if theirs and (what := difference(theirs, entry)):
+    same = theirs is None or theirs["shard_lengths"] == entry["shard_lengths"]
+    if theirs and (what := difference(theirs, entry) or (None if same else "shard_lengths")):
         fail(f"--shards {args.shards}: its {split} shards are of another plan ({what}); give another --shards, or take "
              f"them and {place} away")  # fmt: skip
     if there and not theirs:
         fail(f"--shards {args.shards}: {there[0]} is there without an index; take it away or give another --shards")
-    return (theirs or entry)["shard_sha256"]
+    return (theirs or {}).get("shard_sha256") or entry["shard_sha256"]
 
 
 def write_split(args, pool, index, split, entry, shards):
@@ -421,7 +428,8 @@ def write_json(path, value):
         file.flush()
         os.fsync(file.fileno())
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    os.fsync(folder)
+    with contextlib.suppress(OSError):  # some file systems can't
+        os.fsync(folder)
     os.close(folder)
     os.replace(f"{path}.tmp", path)
 
@@ -434,7 +442,7 @@ def read_json(path):
         for entry in index["splits"].values():
             digests = entry.get("shard_sha256", entry["filenames"])
             for name, length, _ in zip(entry["filenames"], entry["shard_lengths"], digests, strict=True):
-                if not (isinstance(name, str) and isinstance(length, int)):
+                if not isinstance(length, int) or name.startswith("/") or ":" in name or ".." in name.split("/"):
                     raise ValueError(f"{name!r}: {length!r}")
             if "plan" in entry and not entry["plan"].keys() >= {"images", *OPTIONS}:
                 raise ValueError(f"plan: {entry['plan']}")
@@ -495,6 +503,9 @@ def write_index(args, pool):
         urls = [name for url in expand_urls(args.index) for name in sorted(glob.glob(url)) or [url]]
     except (ValueError, AssertionError) as error:  # of unbalanced braces
         fail(f"--index {args.index}: {error}")
+    lost = [url for url in urls if "://" not in url and glob.has_magic(url) and not os.path.exists(url)]
+    if lost:
+        fail(f"--index {lost[0]}: no shard matches")
     folder, *others = sorted({os.path.dirname(url) for url in urls})
     if others:
         fail(f"--index {args.index}: in {folder} and {others[0]}; an index is of the shards in one folder")
