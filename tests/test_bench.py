@@ -63,7 +63,7 @@ def test_there_is_a_record_of_each_run(report):
     order = [(run["part"], run["round"], run["row"]) for run in json["runs"]]
     assert order == [("loading", i, row) for i in range(3) for row in LOADING]
     for one in json["runs"]:
-        assert one["images"] == (100 if one["row"] == "dummy" else 160), one  # all the 80 images twice
+        assert one["images"] == 120, one  # the 100 asked for, in whole rounds of two workers' batches
         assert one["images_per_second"] == one["images"] / one["seconds"] > 0
         assert one["warm_up"] == (one["round"] == 0) and (one["batch_size"], one["workers"]) == (20, 2)
         assert (one["first_batch"] is None) == one["row"].startswith("ceiling")
@@ -160,7 +160,7 @@ def test_mistakes(small, tmp_path):
     broken = next((tmp_path / "copy" / "data" / "train").glob("*/*"))
     broken.write_bytes(b"no image")
     assert f"{broken.name}: not a readable image" in error_of(
-        tmp_path / "copy", "--dataset", "orig", "--only", "loading", *TINY
+        tmp_path / "copy", "--dataset", "orig", "--only", "loading", *TINY, "--images", "80"
     )
     broken.unlink()
     assert "hold 80 and 79 training images" in error_of(tmp_path / "copy", "--only", "loading", *TINY)
@@ -209,10 +209,11 @@ def watch(loader, counts):
 
 
 @pytest.mark.parametrize("images, times", [(80, 1), (81, 2), (200, 3)])
-def test_a_small_dataset_is_read_as_a_whole(images, times, dataset):
+def test_a_small_dataset_is_repeated(images, times, dataset):
     args, counts = dataset
-    assert bench.load(args, images, cold=False)["images"] == 80 * times
-    assert len(counts) == 80 and set(counts.values()) == {times}
+    read = bench.load(args, images, cold=False)["images"]
+    assert images <= read < images + 7 and sum(counts.values()) == read
+    assert len(counts) <= 80 and max(counts.values()) <= times
 
 
 def test_of_a_large_dataset_a_part_is_read(dataset):
@@ -244,4 +245,4 @@ def test_the_ceiling_is_over_the_same_files(dataset):
     assert len(bench.read_files(args, 30)) == 30
     for v2 in (False, True):
         run = bench.decode_only(args, files[:10], 35, v2)
-        assert run["images"] == 40 and run["seconds"] > 0 and math.isfinite(run["seconds"])
+        assert run["images"] == 35 and run["seconds"] > 0 and math.isfinite(run["seconds"])
