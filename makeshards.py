@@ -333,6 +333,9 @@ def write(args, pool):
     plans = {split: plan_split(args, split, *found[split]) for split in args.splits}
     try:
         lock(args.shards)
+    except OSError as error:
+        fail(f"--shards {args.shards}: {error.strerror or error}")
+    try:
         index = read_json(os.path.join(args.shards, INDEX)) or {"splits": {}, "classes": classes}
         if index.get("classes") != classes:
             fail(f"--shards {args.shards}: its shards are of other classes; give another --shards")
