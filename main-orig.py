@@ -22,7 +22,7 @@ import io
 import math
 import os
 import random
-import shutil
+import signal
 import sys
 import time
 
@@ -53,7 +53,7 @@ def parse_args():
     add("-a", "--arch", default="resnet18", help="network, any single-output classifier of torchvision (%(default)s)")
     add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
     add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
-    add("--start-epoch", type=number, default=0, metavar="N", help="number of the first epoch (%(default)s)")
+    add("--start-epoch", type=number, metavar="N", help="number of the first epoch (0)")
     add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
     add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
     add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
@@ -110,6 +110,12 @@ def first_line(error):
 def main():
     try:
         start(parse_args())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except mp.ProcessExitedException as error:
+        if error.exit_code < 0:  # else it has said why
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}, and so the others of this node were ended\n")
+        sys.exit(max(error.exit_code, 1))
     except (DataError, mp.ProcessRaisedException) as error:
         if not isinstance(error, DataError) and "DataError: " not in str(error):
             raise
@@ -130,7 +136,17 @@ def start(args):
     elif args.multiprocessing_distributed:
         processes = (0 if args.no_accel else torch.accelerator.device_count()) or 2
         first_rank, args.world_size = max(args.rank, 0) * processes, max(args.world_size, 1) * processes
-        mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes)
+        context = mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes, join=False)
+
+        def end(number, _):  # schedulers send SIGTERM to this process alone
+            signal.signal(number, signal.SIG_IGN)
+            for process in context.processes:
+                process.terminate()
+            sys.exit(128 + number)  # once they have ended
+
+        signal.signal(signal.SIGTERM, end)
+        while not context.join():
+            pass
     else:
         main_worker(0, max(args.rank, 0), 1, args)
 
@@ -154,7 +170,13 @@ def main_worker(local_rank, first_rank, processes, args):
             dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
         except (RuntimeError, ValueError) as error:
             fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
-    run(args)
+    try:
+        run(args)
+    except RuntimeError as error:
+        if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        time.sleep(5)  # what the other says comes first
+        fail(f"rank {args.rank} lost another rank, which tells why, or was killed ({first_line(error)})")
     if args.distributed:
         dist.destroy_process_group()
 
@@ -190,16 +212,17 @@ def run(args):
     criterion = nn.CrossEntropyLoss().to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
-    best_acc1 = 0.0
+    state = {"epoch": args.start_epoch or 0, "best_acc1": 0.0}
     if args.resume:
-        args.start_epoch, best_acc1 = load_checkpoint(args, net, optimizer, scheduler)
+        state = load_checkpoint(args, net, optimizer, scheduler)
+    best_acc1 = state["best_acc1"]
 
     val_loader = make_val_loader_orig(args)
     train_loader = None if args.evaluate else make_train_loader_orig(args)
     if args.evaluate:
         validate(val_loader, net, criterion, args)
         return
-    for epoch in range(args.start_epoch, args.epochs):
+    for epoch in range(state["epoch"], args.epochs):
         set_seed(args, epoch)
         if args.distributed:
             train_loader.sampler.set_epoch(epoch)
@@ -207,8 +230,7 @@ def run(args):
         acc1 = validate(val_loader, net, criterion, args)
         scheduler.step()
         is_best, best_acc1 = acc1 > best_acc1, max(acc1, best_acc1)
-        if args.rank == 0:
-            save_checkpoint(args, net, optimizer, scheduler, epoch + 1, best_acc1, is_best)
+        save_checkpoint(args, net, optimizer, scheduler, epoch + 1, best_acc1, is_best)
 
 
 def set_seed(args, epoch):
@@ -392,8 +414,10 @@ def accuracy(output, target):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best):
-    """Write checkpoint.pth.tar, of which the next epoch is `epoch`. Its state_dict fits the bare torchvision model."""
+def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best=False, **more):
+    """Rank 0 writes checkpoint.pth.tar, of which the next epoch is `epoch`. The network is the bare torchvision one."""
+    if args.rank > 0:
+        return
     net = net.module if isinstance(net, DataParallel) else net
     state = {
         "epoch": epoch,
@@ -402,30 +426,30 @@ def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best):
         "best_acc1": best_acc1,
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
+        **more,
     }
-    last, best = "checkpoint.pth.tar", "model_best.pth.tar"
-    try:  # the one before stays until the new one is whole
-        torch.save(state, f"{last}.partial")
-        if is_best:
-            shutil.copyfile(f"{last}.partial", f"{best}.partial")
-            os.replace(f"{best}.partial", best)
-        os.replace(f"{last}.partial", last)
-    except (OSError, RuntimeError) as error:
-        for name in (last, best):
+    for name in ("model_best.pth.tar", "checkpoint.pth.tar") if is_best else ("checkpoint.pth.tar",):
+        try:  # the one before stays until the new one is whole and on disk
+            with open(f"{name}.partial", "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{name}.partial", name)
+        except (OSError, RuntimeError) as error:
             if os.path.exists(f"{name}.partial"):
                 os.unlink(f"{name}.partial")
-        fail(f"{os.getcwd()}: can't write {last} there ({first_line(error)})")
+            fail(f"{os.getcwd()}: can't write {name} there ({first_line(error)})")
 
 
 def load_checkpoint(args, net, optimizer, scheduler):
-    """Fill all three from --resume, ours or pytorch/examples', and return (next epoch, best_acc1)."""
+    """What --resume holds, ours or pytorch/examples', after filling all three from it."""
     net = net.module if isinstance(net, DataParallel) else net
     try:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
-        epoch, arch, best_acc1 = state["epoch"], state["arch"], float(state["best_acc1"])
+        state["epoch"], state["best_acc1"] = int(state["epoch"]), float(state["best_acc1"])
         # DataParallel and DDP put "module." before the names, for AlexNet and VGG after their "features."
         weights = {name.replace("module.", ""): value for name, value in state["state_dict"].items()}
-        others = state["optimizer"], state["scheduler"]
+        arch, others = state["arch"], (state["optimizer"], state["scheduler"])
     except Exception as error:  # torch.load raises nearly anything on a file that is no checkpoint
         fail(f"--resume {args.resume}: no checkpoint of this script ({first_line(error)})")
     if arch != args.arch:
@@ -436,8 +460,8 @@ def load_checkpoint(args, net, optimizer, scheduler):
         scheduler.load_state_dict(others[1])
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
-    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {epoch})")
-    return epoch, best_acc1
+    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {state['epoch']})")
+    return state
 
 
 # ---------------------------------------------------------------------------- meters

@@ -23,7 +23,7 @@ import io
 import math
 import os
 import random
-import shutil
+import signal
 import sys
 import time
 
@@ -41,10 +41,13 @@ from torchvision.transforms import v2
 # and for the shards:
 import functools
 import glob
+import http.client
 import itertools
 import json
 import tarfile
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.util import Finalize
 
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
@@ -71,6 +74,7 @@ def parse_args():
     add("--valshards", metavar="URLS", help="wds: likewise for validation")
     add("--trainsize", type=count, metavar="N", help="wds: samples in --trainshards, if remote and without an index")
     add("--valsize", type=count, metavar="N", help="wds: likewise for validation")
+    add("--checkpoint-steps", type=count, metavar="N", help="wds: write a checkpoint each N steps, too (off)")
     add("--shuffle", type=number, default=1000, metavar="N", help="wds: samples in a worker's buffer (%(default)s)")
     add("--augmentation", choices=["full", "simple"], default="full", help="simple: as in validation (%(default)s)")
     add("--decode", choices=["tensor", "pil"], default="tensor", help="torchvision's decoder or Pillow (%(default)s)")
@@ -78,7 +82,7 @@ def parse_args():
     add("-a", "--arch", default="resnet18", help="network, any single-output classifier of torchvision (%(default)s)")
     add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
     add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
-    add("--start-epoch", type=number, default=0, metavar="N", help="number of the first epoch (%(default)s)")
+    add("--start-epoch", type=number, metavar="N", help="number of the first epoch (0)")
     add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
     add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
     add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
@@ -135,6 +139,12 @@ def first_line(error):
 def main():
     try:
         start(parse_args())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except mp.ProcessExitedException as error:
+        if error.exit_code < 0:  # else it has said why
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}, and so the others of this node were ended\n")
+        sys.exit(max(error.exit_code, 1))
     except (DataError, mp.ProcessRaisedException) as error:
         if not isinstance(error, DataError) and "DataError: " not in str(error):
             raise
@@ -155,7 +165,17 @@ def start(args):
     elif args.multiprocessing_distributed:
         processes = (0 if args.no_accel else torch.accelerator.device_count()) or 2
         first_rank, args.world_size = max(args.rank, 0) * processes, max(args.world_size, 1) * processes
-        mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes)
+        context = mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes, join=False)
+
+        def end(number, _):  # schedulers send SIGTERM to this process alone
+            signal.signal(number, signal.SIG_IGN)
+            for process in context.processes:
+                process.terminate()
+            sys.exit(128 + number)  # once they have ended
+
+        signal.signal(signal.SIGTERM, end)
+        while not context.join():
+            pass
     else:
         main_worker(0, max(args.rank, 0), 1, args)
 
@@ -179,7 +199,13 @@ def main_worker(local_rank, first_rank, processes, args):
             dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
         except (RuntimeError, ValueError) as error:
             fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
-    run(args)
+    try:
+        run(args)
+    except RuntimeError as error:
+        if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        time.sleep(5)  # what the other says comes first
+        fail(f"rank {args.rank} lost another rank, which tells why, or was killed ({first_line(error)})")
     if args.distributed:
         dist.destroy_process_group()
 
@@ -215,17 +241,21 @@ def run(args):
     criterion = nn.CrossEntropyLoss().to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
-    best_acc1 = 0.0
+    state = {"epoch": args.start_epoch or 0, "best_acc1": 0.0}
     if args.resume:
-        args.start_epoch, best_acc1 = load_checkpoint(args, net, optimizer, scheduler)
+        state = load_checkpoint(args, net, optimizer, scheduler)
+    best_acc1 = state["best_acc1"]
 
     make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]
     val_loader = DeviceLoader(make_val_loader(args), args.device)
-    train_loader = None if args.evaluate else DeviceLoader(make_train_loader(args), args.device)
+    train_loader = None
+    if not args.evaluate:
+        save = functools.partial(save_checkpoint, args, net, optimizer, scheduler)
+        train_loader = TrainLoader(make_train_loader(args), args, state, lambda **at: save(best_acc1=best_acc1, **at))
     if args.evaluate:
         validate(val_loader, net, criterion, args)
         return
-    for epoch in range(args.start_epoch, args.epochs):
+    for epoch in range(state["epoch"], args.epochs):
         set_seed(args, epoch)
         if hasattr(train_loader.sampler, "set_epoch"):
             train_loader.sampler.set_epoch(epoch)
@@ -233,8 +263,7 @@ def run(args):
         acc1 = validate(val_loader, net, criterion, args)
         scheduler.step()
         is_best, best_acc1 = acc1 > best_acc1, max(acc1, best_acc1)
-        if args.rank == 0:
-            save_checkpoint(args, net, optimizer, scheduler, epoch + 1, best_acc1, is_best)
+        save_checkpoint(args, net, optimizer, scheduler, epoch + 1, best_acc1, is_best)
 
 
 def set_seed(args, epoch):
@@ -426,8 +455,10 @@ def accuracy(output, target):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best):
-    """Write checkpoint.pth.tar, of which the next epoch is `epoch`. Its state_dict fits the bare torchvision model."""
+def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best=False, **more):
+    """Rank 0 writes checkpoint.pth.tar, of which the next epoch is `epoch`. The network is the bare torchvision one."""
+    if args.rank > 0:
+        return
     net = net.module if isinstance(net, DataParallel) else net
     state = {
         "epoch": epoch,
@@ -436,30 +467,30 @@ def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best):
         "best_acc1": best_acc1,
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
+        **more,
     }
-    last, best = "checkpoint.pth.tar", "model_best.pth.tar"
-    try:  # the one before stays until the new one is whole
-        torch.save(state, f"{last}.partial")
-        if is_best:
-            shutil.copyfile(f"{last}.partial", f"{best}.partial")
-            os.replace(f"{best}.partial", best)
-        os.replace(f"{last}.partial", last)
-    except (OSError, RuntimeError) as error:
-        for name in (last, best):
+    for name in ("model_best.pth.tar", "checkpoint.pth.tar") if is_best else ("checkpoint.pth.tar",):
+        try:  # the one before stays until the new one is whole and on disk
+            with open(f"{name}.partial", "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{name}.partial", name)
+        except (OSError, RuntimeError) as error:
             if os.path.exists(f"{name}.partial"):
                 os.unlink(f"{name}.partial")
-        fail(f"{os.getcwd()}: can't write {last} there ({first_line(error)})")
+            fail(f"{os.getcwd()}: can't write {name} there ({first_line(error)})")
 
 
 def load_checkpoint(args, net, optimizer, scheduler):
-    """Fill all three from --resume, ours or pytorch/examples', and return (next epoch, best_acc1)."""
+    """What --resume holds, ours or pytorch/examples', after filling all three from it."""
     net = net.module if isinstance(net, DataParallel) else net
     try:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
-        epoch, arch, best_acc1 = state["epoch"], state["arch"], float(state["best_acc1"])
+        state["epoch"], state["best_acc1"] = int(state["epoch"]), float(state["best_acc1"])
         # DataParallel and DDP put "module." before the names, for AlexNet and VGG after their "features."
         weights = {name.replace("module.", ""): value for name, value in state["state_dict"].items()}
-        others = state["optimizer"], state["scheduler"]
+        arch, others = state["arch"], (state["optimizer"], state["scheduler"])
     except Exception as error:  # torch.load raises nearly anything on a file that is no checkpoint
         fail(f"--resume {args.resume}: no checkpoint of this script ({first_line(error)})")
     if arch != args.arch:
@@ -470,8 +501,8 @@ def load_checkpoint(args, net, optimizer, scheduler):
         scheduler.load_state_dict(others[1])
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
-    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {epoch})")
-    return epoch, best_acc1
+    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {state['epoch']})")
+    return state
 
 
 # ---------------------------------------------------------------------------- meters
@@ -513,9 +544,13 @@ def add_up(meters, device):
 # From here on main-wds.py only adds to main-orig.py: how shards are found, divided, read and made into batches.
 
 INDEX = "_info.json"  # beside the shards, as makeshards.py, timm and the hub's ImageNet shards have it
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or sys.maxsize  # 89 million; what is larger Pillow refuses, or warns of
 PREFETCH = 2  # batches that a worker makes ahead: the DataLoader's prefetch_factor, on which Shards.batches relies
 IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample; its class ends in cls
-BROKEN = (OSError, ValueError, MemoryError, OverflowError, tarfile.TarError)  # what a tar that lies may lead to
+PAUSES = (1, 2, 4, 8, 16)  # seconds before a remote file is read once more
+PATIENCE = 60  # seconds for which an http server may be silent
+# what a tar that lies or a server that stumbles may lead to
+BROKEN = (OSError, ValueError, MemoryError, OverflowError, tarfile.TarError, http.client.HTTPException)
 
 
 class DeviceLoader:
@@ -524,10 +559,12 @@ class DeviceLoader:
     def __init__(self, loader, device):
         self.loader, self.device = loader, device
         self.sampler = loader.dataset if isinstance(loader.dataset, Shards) else loader.sampler
+        loader.worker_init_fn = leave_signals
+        Finalize(None, end_workers, exitpriority=0)  # atexit is too late for the processes of mp.spawn
         self.mean, self.std = (255 * torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (MEAN, STD))
 
     def __len__(self):
-        return len(self.loader)
+        return len(self.sampler) if isinstance(self.sampler, Shards) else len(self.loader)
 
     def __iter__(self):
         count = 0
@@ -540,6 +577,89 @@ class DeviceLoader:
             yield images, target
         if isinstance(self.sampler, Shards) and count != self.sampler.num_samples():
             fail(f"{count} samples came from the shards, but the index says {self.sampler.num_samples()} for this rank")
+
+
+class TrainLoader(DeviceLoader):
+    """The training loop's, which a SIGTERM or SIGINT ends between two batches, on all ranks between the same two.
+
+    From shards it goes on there when the checkpoint is resumed that save(epoch=, position=) has written: at a signal,
+    each --checkpoint-steps, and at the end of an epoch, so that validation may be interrupted at any moment.
+    """
+
+    def __init__(self, loader, args, state, save):
+        super().__init__(loader, args.device)
+        self.args, self.save, self.signal, self.training = args, save, 0, False
+        self.exact = isinstance(self.sampler, Shards)
+        self.stopped = "; --resume goes on after the last whole epoch"
+        self.group = dist.new_group(backend="gloo") if args.distributed else None  # NCCL's can't tell the CPU anything
+        if self.exact and "position" in state and args.start_epoch is None:
+            self.sampler.resume(args, state["epoch"], state["position"])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, _):
+        self.signal = number
+        if not self.training:  # nothing is lost
+            self.stop(number)
+
+    def stop(self, number):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.args.rank == 0:
+            name, script = signal.Signals(number).name, os.path.basename(sys.argv[0])
+            sys.stderr.write(f"{script}: stopped by {name}{self.stopped}\n")
+        sys.exit(128 + number)
+
+    def __iter__(self):
+        self.training, batches = True, super().__iter__()
+        epoch, step = self.sampler.start.tolist() if self.exact else (0, 0)
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception:
+                if not self.signal:  # which may have ended a command in a pipe, too
+                    raise
+                batch = None
+            number = self.agree_on_signal()
+            if number or batch is None:
+                break
+            if self.exact:
+                set_seed(self.args, f"{epoch} {step}")
+            yield batch
+            step += 1
+            if step % (self.args.checkpoint_steps or sys.maxsize) == 0:
+                self.save_position(epoch, step)
+        self.save_position(epoch, step)
+        self.training = False
+        if number and self.group:
+            dist.barrier(self.group)  # until the checkpoint is there
+        if number or self.signal:
+            self.stop(number or self.signal)
+
+    def agree_on_signal(self):
+        """The signal that some rank has got, or 0. It costs 0.1 ms a step for the ranks of one node."""
+        number = torch.tensor(self.signal)
+        if self.group:
+            dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
+        return int(number)
+
+    def save_position(self, epoch, step):
+        if self.exact:
+            self.save(epoch=epoch, position={"step": step, **self.sampler.order()})
+            self.stopped = f"; --resume checkpoint.pth.tar goes on after step {step} of epoch {epoch}"
+
+
+def leave_signals(_):
+    """In a loading process: leave to the main one what Ctrl-C and schedulers send to all."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """At the main process's end: end the loading processes, which heed no less."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the DataLoader would call it an error
+    for process in mp.active_children():
+        process.kill()
 
 
 def make_train_loader_wds(args):
@@ -579,33 +699,53 @@ class Shards(IterableDataset):
     def __init__(self, args, split):
         self.urls, self.lengths, self.seed = find_shards(args, split)
         self.rank, self.world_size, self.batch_size = args.rank, args.world_size, args.batch_size
-        self.shuffle, self.transform = args.shuffle, make_transform(args, split)
-        self.epoch = torch.tensor(-1).share_memory_()  # the workers see what the training loop sets; -1 for validation
+        self.workers, self.shuffle, self.transform = args.workers, args.shuffle, make_transform(args, split)
+        # the epoch, -1 for validation, and its first batch; shared, so that the workers see what the training loop sets
+        self.start, self.resumed = torch.tensor([-1, 0]).share_memory_(), (None, 0)
 
     def set_epoch(self, epoch):
-        self.epoch.fill_(epoch)
+        self.start[:] = torch.tensor([epoch, self.resumed[1] if epoch == self.resumed[0] else 0])
+
+    def resume(self, args, epoch, position):
+        """Begin that epoch where a checkpoint says; DataError if the rest of its batches would not be the same now."""
+        self.seed = position["seed"] if args.seed is None else self.seed
+        for name, value in self.order().items():
+            if value != position[name]:
+                fail(f"--resume {args.resume}: it stopped within an epoch with {name} {position[name]}; with {value} "
+                     "samples would be lost or come twice: give the same, or begin the epoch anew with "
+                     f"--start-epoch {epoch}")  # fmt: skip
+        self.resumed = (epoch, position["step"])
+
+    def order(self):
+        """What decides on the order of the batches, besides the epoch."""
+        samples, shards = sum(self.lengths), len(self.lengths)
+        return {"samples": samples, "shards": shards, "ranks": self.world_size, "workers a rank": self.workers,
+                "samples a batch": self.batch_size, "shuffle": self.shuffle, "seed": self.seed}  # fmt: skip
 
     def pieces(self, worker, num_workers):
-        epoch = None if self.epoch < 0 else int(self.epoch)
+        epoch = None if self.start[0] < 0 else int(self.start[0])
         return plan(self.lengths, epoch, self.seed, self.rank, self.world_size, worker, num_workers, self.batch_size)
 
     def num_samples(self):
-        return sum(last - first for _, first, last in self.pieces(0, 1))
+        all_samples = sum(last - first for _, first, last in self.pieces(0, 1))
+        return max(all_samples - int(self.start[1]) * self.batch_size, 0)
 
     def __len__(self):
         return math.ceil(self.num_samples() / self.batch_size)
 
     def __iter__(self):
         info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        pieces = self.pieces(worker, num_workers)
-        stages = [lambda: read_pieces(pieces, self.urls, self.lengths)]
-        if self.epoch >= 0:
-            draws = random.Random(f"{self.seed} {int(self.epoch)} {self.rank} {worker}")
-            random.seed(draws.getrandbits(63))  # for the augmentation, as is torch's
-            torch.manual_seed(draws.getrandbits(63))
+        number, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        epoch, step = self.start.tolist()
+        worker = (number + step) % num_workers  # for the loader asks its first one for the batch of that step
+        pieces, done = self.pieces(worker, num_workers), len(range(worker, step, num_workers))
+        stages, seeds = [lambda: read_pieces(pieces, self.urls, self.lengths)], itertools.repeat(None)
+        if epoch >= 0:
+            seeds = (f"{self.seed} {epoch} {self.rank} {i}" for i in itertools.count(step + number, num_workers))
+            draws = random.Random(f"{self.seed} {epoch} {self.rank} of worker {worker}")
             stages.append(wds.shuffle(self.shuffle, rng=draws))  # of undecoded samples: about 100 KB each
-        return iter(wds.DataPipeline(*stages, self.batches))
+            stages.append(lambda samples: itertools.islice(samples, done * self.batch_size, None))
+        return iter(wds.DataPipeline(*stages, lambda samples: self.batches(samples, seeds)))
 
     def decode(self, sample):
         """(image, class) from a sample of read_pieces."""
@@ -616,7 +756,7 @@ class Shards(IterableDataset):
             raise DataError(f"{name}: its class {sample['cls'][:20]!r} is not one from 0 to {NUM_CLASSES - 1}")
         return self.transform((name, sample["image"])), int(sample["cls"])
 
-    def batches(self, samples):
+    def batches(self, samples, seeds):
         """(images, target) of each --batch-size samples, decoded: the last of the pipeline's stages.
 
         The images of every third batch lie in the same shared memory, for fresh memory would take 0.2 ms a sample. By
@@ -626,15 +766,18 @@ class Shards(IterableDataset):
         """
         memory = [None] * (PREFETCH + 1)
         with ThreadPoolExecutor(1) as thread:  # its memory stays apart from the reader's: 3 percent faster
-            for turn in itertools.cycle(range(len(memory))):
+            for turn, seed in zip(itertools.cycle(range(len(memory))), seeds, strict=False):
                 batch = list(itertools.islice(samples, self.batch_size))
                 if not batch:
                     return
-                memory[turn], target = thread.submit(self.decode_batch, batch, memory[turn]).result()
+                memory[turn], target = thread.submit(self.decode_batch, batch, memory[turn], seed).result()
                 yield memory[turn][: len(batch)], target
 
-    def decode_batch(self, samples, memory):
+    def decode_batch(self, samples, memory, seed):
         """The samples' images in the memory, which is made if it is None, and their classes."""
+        if seed:  # for the augmentation: each batch has its own, so that an epoch may begin with any
+            random.seed(seed)
+            torch.manual_seed(random.getrandbits(63))
         target = []
         for i, sample in enumerate(samples):
             image, label = self.decode(sample)
@@ -653,7 +796,7 @@ def decode_tensor(file):
     operator below it, warns at each call that it will go.
     """
     _, data = file
-    if hasattr(torch.ops.image, "decode_jpeg") and data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9"):
+    if hasattr(torch.ops.image, "decode_jpeg") and data.endswith(b"\xff\xd9") and 0 < jpeg_pixels(data) <= MAX_PIXELS:
         try:  # mode 0: the channels as they are; and EXIF's orientation is left alone, as Pillow does
             image = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, False)
             if image.shape[0] in (1, 3):
@@ -661,6 +804,16 @@ def decode_tensor(file):
         except RuntimeError:  # perhaps Pillow can
             pass
     return v2.functional.pil_to_tensor(decode_pil(file))
+
+
+def jpeg_pixels(data):
+    """Pixels of a JPEG by its header, for a small file may unpack to gigabytes; 0 if that is not where it should be."""
+    i = 2
+    while data[:2] == b"\xff\xd8" and data[i : i + 1] == b"\xff" and len(data) >= i + 9:
+        if data[i + 1] in range(0xC0, 0xD0) and data[i + 1] not in (0xC4, 0xC8, 0xCC):  # a frame's header
+            return int.from_bytes(data[i + 5 : i + 7], "big") * int.from_bytes(data[i + 7 : i + 9], "big")
+        i += 2 + int.from_bytes(data[i + 2 : i + 4], "big")
+    return 0
 
 
 def random_crop(image, size):
@@ -805,13 +958,16 @@ def read_index(folder, split=None):
 
 def read_json(url):
     """What the file at the path or URL holds, None if it is not there."""
-    try:
-        with open_stream(url) as stream:
-            return json.loads(stream.read() or "null")
-    except OSError as error:
-        if is_local(url) and os.path.lexists(url):
-            fail(f"{url}: {first_line(error)}")
-        return None
+    for pause in (*PAUSES, None):
+        try:
+            with open_stream(url) as stream:
+                return json.loads(stream.read() or "null")
+        except (OSError, http.client.HTTPException) as error:
+            if is_local(url) and os.path.lexists(url):
+                fail(f"{url}: {first_line(error)}")
+            if not url.startswith("http") or getattr(error, "code", None) in (403, 404):
+                return None
+            retry(url, first_line(error), pause)
 
 
 def count_samples(urls, known, size, split):
@@ -845,21 +1001,36 @@ def read_pieces(pieces, urls, lengths):
 
 
 def read_shard(url, first, last, length):
-    """The samples first <= i < last of a shard of `length`; DataError if it is broken, or of another length."""
-    found = 0
-    try:
-        with open_stream(url) as stream:
-            for sample in tar_samples(stream, first):
-                found += 1
-                if first < found <= last:
-                    yield {"__url__": url, **sample}
-                if found == last < length:
-                    set_options(stream, ignore_errors=True)  # a command in a pipe: may complain that we hang up
-                    return
-    except BROKEN as error:
-        raise DataError(f"{url}: broken after {found} of its {length} samples ({first_line(error)})") from error
-    if found != length:
-        raise DataError(f"{url}: {found} samples, but {length} were expected by its index or --trainsize")
+    """The samples first <= i < last of a shard of `length`; DataError if it is broken, or of another length.
+
+    A remote one that breaks off is read again, without those that were read, after growing pauses.
+    """
+    for pause in (None,) if is_local(url) else (*PAUSES, None):
+        found = 0
+        try:
+            with open_stream(url) as stream:
+                for sample in tar_samples(stream, first):
+                    found += 1
+                    if first < found <= last:
+                        first = found
+                        yield {"__url__": url, **sample}
+                    if found == last < length:
+                        set_options(stream, ignore_errors=True)  # a command in a pipe: may complain that we hang up
+                        return
+            if found == length:
+                return
+            what = f"{found} samples, but {length} were expected by its index or --trainsize"
+        except BROKEN as error:
+            what = f"broken after {found} of its {length} samples ({first_line(error)})"
+        retry(url, what, pause)
+
+
+def retry(url, what, pause):
+    """Wait, and say so; where there is no pause left, DataError."""
+    if pause is None:
+        fail(f"{url}: {what}")
+    sys.stderr.write(f"{url}: {what}; reading it again in {pause} s\n")
+    time.sleep(pause)
 
 
 def tar_samples(stream, first):
@@ -912,7 +1083,9 @@ class Header(tarfile.TarInfo):
 
 
 def open_stream(url):
-    """A local file, or what webdataset opens: http(s):, gs:, pipe: and the like."""
+    """A local file, an http(s) server's, which may not be silent for long, or what webdataset opens: gs:, pipe:, ..."""
+    if url.startswith(("http:", "https:")):
+        return urllib.request.urlopen(url, timeout=PATIENCE)
     return open(url, "rb") if is_local(url) else wds.gopen(url)
 
 
