@@ -1,5 +1,7 @@
 """makeshards.py on each of the ways in which people hold ImageNet, and on folders of their own: the same shards."""
 
+import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -230,21 +232,29 @@ def test_unpacking_that_was_killed(plain, archives, patched, tmp_path):
 
 
 def test_two_runs_at_once_unpack_once(archives, tmp_path, monkeypatch):
-    """Neither takes the other's files away, and both find all images."""
+    """The second is refused, and leaves the first one's files alone."""
     data = lay(tmp_path / "data", archives)
     known = {split: (name, hashlib.md5(archives[name]).hexdigest()) for split, name in ARCHIVES.items()}
     extract = imagenet.extract_archive
     monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
     monkeypatch.setattr(imagenet, "extract_archive", lambda *args, **more: (time.sleep(0.1), extract(*args, **more)))
-    unpack = load("makeshards.py").unpack
+    makeshards = load("makeshards.py")
+    args = argparse.Namespace(data=str(data), splits=["train"])
+
+    def unpack():
+        with contextlib.suppress(makeshards.DataError):
+            makeshards.unpack(args)
+            os._exit(0)
+        os._exit(2)
+
     fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=unpack, args=(str(data), "train")) for _ in range(2)]
+    runs = [fork.Process(target=unpack) for _ in range(2)]
     for process in runs:
         process.start()
         time.sleep(0.35)  # of about 0.6 that it takes
     for process in runs:
         process.join(60)
-    assert [process.exitcode for process in runs] == [0, 0]
+    assert [process.exitcode for process in runs] == [0, 2]
     assert tree(data / "train") == TRAIN and sorted(os.listdir(data)) == sorted([*archives, "train"])
 
 
@@ -333,16 +343,14 @@ def test_a_subset_of_the_classes(plain, tmp_path):
     shutil.rmtree(tmp_path / "data/val")
     (tmp_path / "data/val").symlink_to(plain / "data/val")
     message = refused(tmp_path)
-    assert f"2 class folders are in val/ alone, as {WNIDS[0]}, {WNIDS[4]}" in message and WNIDS[2] not in message
+    assert f"val/ alone has 2 class folders, as {WNIDS[0]}, {WNIDS[4]}" in message and WNIDS[2] not in message
 
 
 def test_classes_that_differ_are_named_and_counted():
     makeshards = load("makeshards.py")
     args, few, many = type("Args", (), {"data": "data"}), ["class 0", "class 2"], [f"class {i}" for i in range(9)]
     for one, other in (("train", "val"), ("val", "train")):
-        with pytest.raises(
-            makeshards.DataError, match=rf"7 class folders are in {one}/ alone, as class 1, .*, class 6$"
-        ):
+        with pytest.raises(makeshards.DataError, match=rf"{one}/ alone has 7 class folders, as class 1, .*, class 6$"):
             makeshards.one_list_of_classes(args, {one: ([], many), other: ([], few)})
     assert makeshards.one_list_of_classes(args, {"train": ([], many), "val": ([], many)}) == many
 

@@ -18,6 +18,12 @@ from torchvision.datasets import ImageFolder
 SPLITS = {"train": "train", "val": "validation"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_XET": "1"}
 NAMES = ["{0}_10.JPEG", "{0}_2.JPEG", "{0}_7.JPEG", "{0}_9.JPEG"]
+NAMES_OF_KEYS = [
+    "{0} with space.jpg",
+    "{0}.v1.2.png",
+    "{0} + (1).webp",
+    "{0}" + "l" * 87 + ".jpg",
+]  # as --filekey takes
 NAMES_BY_HAND = ["{0} with space.jpg", "{0}.v1.2.png", "{0} \u00e4\u732b.webp", "{0}" + "l" * 120 + ".jpg"]
 
 
@@ -60,7 +66,7 @@ def pixels(image):
 def shards(request, tmp_path_factory):
     """12 training samples in 3 shards of 5, 5 and 2, and 12 validation samples, with odd names, in as many."""
     folder = tmp_path_factory.mktemp(request.param)
-    for split, names in (("train", NAMES), ("val", NAMES_BY_HAND)):
+    for split, names in (("train", NAMES), ("val", NAMES_OF_KEYS if request.param == "filekey" else NAMES_BY_HAND)):
         for k, name in enumerate(["n03", "n01", "n02"]):
             (folder / "data" / split / name).mkdir(parents=True)
             for i, pattern in enumerate(names):
