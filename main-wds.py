@@ -580,7 +580,7 @@ class DeviceLoader:
 
 
 class TrainLoader(DeviceLoader):
-    """The training loop's, which a SIGTERM or SIGINT ends between two batches, on all ranks between the same two.
+    """The training loop's, which SIGTERM and SIGINT end between two batches, on all ranks between the same two.
 
     From shards it goes on there when the checkpoint is resumed that save(epoch=, position=) has written: at a signal,
     each --checkpoint-steps, and at the end of an epoch, so that validation may be interrupted at any moment.
@@ -588,10 +588,9 @@ class TrainLoader(DeviceLoader):
 
     def __init__(self, loader, args, state, save):
         super().__init__(loader, args.device)
-        self.args, self.save, self.signal, self.training = args, save, 0, False
-        self.exact = isinstance(self.sampler, Shards)
-        self.stopped = "; --resume goes on after the last whole epoch"
-        self.group = dist.new_group(backend="gloo") if args.distributed else None  # NCCL's can't tell the CPU anything
+        self.args, self.save, self.signal, self.doing = args, save, 0, "something else"
+        self.exact, self.left = isinstance(self.sampler, Shards), "--resume goes on after the last whole epoch"
+        self.group = dist.new_group(backend="gloo") if args.distributed else None  # NCCL has none for the CPU
         if self.exact and "position" in state and args.start_epoch is None:
             self.sampler.resume(args, state["epoch"], state["position"])
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -599,27 +598,30 @@ class TrainLoader(DeviceLoader):
 
     def on_signal(self, number, _):
         self.signal = number
-        if not self.training:  # nothing is lost
+        if self.doing == "fetching":  # which may take long: where data comes slowly, or not at all
+            self.doing = "a step"
+            raise KeyboardInterrupt
+        if self.doing == "something else":  # validation, say
             self.stop(number)
 
     def stop(self, number):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
         if self.args.rank == 0:
-            name, script = signal.Signals(number).name, os.path.basename(sys.argv[0])
-            sys.stderr.write(f"{script}: stopped by {name}{self.stopped}\n")
+            script, name = os.path.basename(sys.argv[0]), signal.Signals(number).name
+            sys.stderr.write(f"{script}: stopped by {name}; {self.left}\n")
         sys.exit(128 + number)
 
     def __iter__(self):
-        self.training, batches = True, super().__iter__()
-        epoch, step = self.sampler.start.tolist() if self.exact else (0, 0)
+        batches, (epoch, step) = super().__iter__(), self.sampler.start.tolist() if self.exact else (0, 0)
         while True:
             try:
+                self.doing, batch = "fetching", None
                 batch = next(batches, None)
-            except Exception:
-                if not self.signal:  # which may have ended a command in a pipe, too
+                self.doing = "a step"
+            except BaseException:
+                if not self.signal:
                     raise
-                batch = None
             number = self.agree_on_signal()
             if number or batch is None:
                 break
@@ -630,15 +632,15 @@ class TrainLoader(DeviceLoader):
             if step % (self.args.checkpoint_steps or sys.maxsize) == 0:
                 self.save_position(epoch, step)
         self.save_position(epoch, step)
-        self.training = False
         if number and self.group:
             dist.barrier(self.group)  # until the checkpoint is there
+        self.doing = "something else"
         if number or self.signal:
             self.stop(number or self.signal)
 
     def agree_on_signal(self):
-        """The signal that some rank has got, or 0. It costs 0.1 ms a step for the ranks of one node."""
-        number = torch.tensor(self.signal)
+        """The signal that some rank has got, or 0. The ranks of a node need 0.1 ms a step for it."""
+        self.doing, number = "a step", torch.tensor(self.signal)
         if self.group:
             dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
         return int(number)
@@ -646,7 +648,7 @@ class TrainLoader(DeviceLoader):
     def save_position(self, epoch, step):
         if self.exact:
             self.save(epoch=epoch, position={"step": step, **self.sampler.order()})
-            self.stopped = f"; --resume checkpoint.pth.tar goes on after step {step} of epoch {epoch}"
+            self.left = f"--resume checkpoint.pth.tar goes on after step {step} of epoch {epoch}"
 
 
 def leave_signals(_):
@@ -710,17 +712,22 @@ class Shards(IterableDataset):
         """Begin that epoch where a checkpoint says; DataError if the rest of its batches would not be the same now."""
         self.seed = position["seed"] if args.seed is None else self.seed
         for name, value in self.order().items():
-            if value != position[name]:
-                fail(f"--resume {args.resume}: it stopped within an epoch with {name} {position[name]}; with {value} "
-                     "samples would be lost or come twice: give the same, or begin the epoch anew with "
-                     f"--start-epoch {epoch}")  # fmt: skip
+            if value != (then := position.get(name)):
+                fail(f"--resume {args.resume}: it stopped within an epoch, with {name} {then}, not {value}; samples would "
+                     f"be lost or come twice: give the same, or begin the epoch anew with --start-epoch {epoch}")  # fmt: skip
         self.resumed = (epoch, position["step"])
 
     def order(self):
         """What decides on the order of the batches, besides the epoch."""
-        samples, shards = sum(self.lengths), len(self.lengths)
-        return {"samples": samples, "shards": shards, "ranks": self.world_size, "workers a rank": self.workers,
-                "samples a batch": self.batch_size, "shuffle": self.shuffle, "seed": self.seed}  # fmt: skip
+        return {
+            "samples": sum(self.lengths),
+            "shards": len(self.lengths),
+            "ranks": self.world_size,
+            "workers a rank": self.workers,
+            "batch size a rank": self.batch_size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
 
     def pieces(self, worker, num_workers):
         epoch = None if self.start[0] < 0 else int(self.start[0])

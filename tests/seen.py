@@ -52,7 +52,7 @@ def see(args):
     if args.peek:
         next(iter(train_loader.sampler))
     seen = {"len": {"train": len(train_loader), "val": len(val_loader)}, "train": [], "val": []}
-    for epoch in range(args.start_epoch, args.epochs):
+    for epoch in range(args.start_epoch or 0, args.epochs):
         main_wds.set_seed(args, epoch)
         train_loader.sampler.set_epoch(epoch)
         for split, loader in (("train", train_loader), ("val", val_loader)):
