@@ -713,8 +713,10 @@ class Shards(IterableDataset):
         self.seed = position["seed"] if args.seed is None else self.seed
         for name, value in self.order().items():
             if value != (then := position.get(name)):
-                fail(f"--resume {args.resume}: it stopped within an epoch, with {name} {then}, not {value}; samples would "
-                     f"be lost or come twice: give the same, or begin the epoch anew with --start-epoch {epoch}")  # fmt: skip
+                fail(
+                    f"--resume {args.resume}: it stopped in an epoch, with {name} {then}, not {value}: give the same"
+                    f" (or samples would be lost or come twice), or begin that epoch anew with --start-epoch {epoch}"
+                )
         self.resumed = (epoch, position["step"])
 
     def order(self):
