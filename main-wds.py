@@ -713,23 +713,15 @@ class Shards(IterableDataset):
         self.seed = position["seed"] if args.seed is None else self.seed
         for name, value in self.order().items():
             if value != (then := position.get(name)):
-                fail(
-                    f"--resume {args.resume}: it stopped in an epoch, with {name} {then}, not {value}: give the same"
-                    f" (or samples would be lost or come twice), or begin that epoch anew with --start-epoch {epoch}"
-                )
+                what = f"it stopped within an epoch, with {name} {then!s:.40}, not {value!s:.40}"
+                way_out = f"give the same, or begin the epoch anew with --start-epoch {epoch}"
+                fail(f"--resume {args.resume}: {what}; samples would be lost or come twice: {way_out}")
         self.resumed = (epoch, position["step"])
 
     def order(self):
         """What decides on the order of the batches, besides the epoch."""
-        return {
-            "samples": sum(self.lengths),
-            "shards": len(self.lengths),
-            "ranks": self.world_size,
-            "workers a rank": self.workers,
-            "batch size a rank": self.batch_size,
-            "shuffle": self.shuffle,
-            "seed": self.seed,
-        }
+        names = ("lengths", "seed", "shuffle", "world_size", "workers", "batch_size")  # the last two are of a rank
+        return {name: getattr(self, name) for name in names}
 
     def pieces(self, worker, num_workers):
         epoch = None if self.start[0] < 0 else int(self.start[0])
