@@ -8,7 +8,7 @@
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 main-wds.py         of two
     python main-wds.py --multiprocessing-distributed           every GPU of this node; without a GPU two CPU processes
     python main-wds.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://HOST:29500      of two
-    python main-wds.py --resume checkpoint.pth.tar             go on after the last whole epoch
+    python main-wds.py --resume checkpoint.pth.tar             go on where SIGTERM or Ctrl-C has stopped a run
     python main-wds.py --evaluate --pretrained                 measure a trained network
     python main-wds.py --dummy                                 find the speed without any data
     makeshards.py writes the shards; diff main-orig.py main-wds.py shows what they take
