@@ -23,7 +23,7 @@ NAMES_OF_KEYS = [
     "{0}.v1.2.png",
     "{0} + (1).webp",
     "{0}" + "l" * 87 + ".jpg",
-]  # as --filekey takes
+]
 NAMES_BY_HAND = ["{0} with space.jpg", "{0}.v1.2.png", "{0} \u00e4\u732b.webp", "{0}" + "l" * 120 + ".jpg"]
 
 
