@@ -38,7 +38,7 @@ import sys
 import tarfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -140,16 +140,19 @@ def begin_worker():
 
 
 def in_parallel(pool, function, jobs, what, total=None):
-    """What function(*job) returns, (images, bytes, ...), for each job as it is done; with a bar, or a line a minute."""
+    """What function(*job) returns, (images, bytes, ...), for each job in turn; with a bar, or a line a minute."""
     tqdm.monitor_interval = 0  # no thread, for workers may be forked
-    lines = {"mininterval": EVERY, "delay": EVERY, "bar_format": "{desc}: {n} of {total_fmt} images{postfix}\n"}
-    size, start = 0, time.monotonic()
-    with tqdm(total=total, desc=what, unit=" images", miniters=1, **({} if sys.stderr.isatty() else lines)) as bar:
-        for future in as_completed([pool.submit(function, *job) for job in jobs]):
-            result = future.result()
-            size += result[1]
-            bar.set_postfix_str(f"{size / 1e6 / max(time.monotonic() - start, 1e-3):.0f} MB/s", refresh=False)
+    images, size, start = 0, 0, time.monotonic()
+    told = start
+    with tqdm(total=total, desc=what, unit=" images", disable=not sys.stderr.isatty()) as bar:
+        for result in pool.map(function, *zip(*jobs, strict=True)):
+            images, size, now = images + result[0], size + result[1], time.monotonic()
+            speed = f"{size / 1e6 / max(now - start, 1e-3):.0f} MB/s"
+            bar.set_postfix_str(speed, refresh=False)
             bar.update(result[0])
+            if bar.disable and now - told >= EVERY:
+                print(f"{what}: {images} of {total or '?'} images, {speed}", file=sys.stderr, flush=True)
+                told = now
             yield result
 
 
@@ -376,16 +379,16 @@ def known_digests(args, index, split, entry):
 def write_split(args, pool, index, split, entry, shards):
     """See to the split's shards, and then name them in the index. What came of it, in words."""
     journal, problems, kept = os.path.join(args.shards, f".{split}.json"), [], 0
-    paths = [os.path.join(args.shards, name) for name in entry["filenames"]]
-    jobs = list(zip(range(len(paths)), paths, entry["shard_sha256"], shards, strict=True))
+    paths, digests = [os.path.join(args.shards, name) for name in entry["filenames"]], entry["shard_sha256"]
     task = functools.partial(write_shard, plan=entry["plan"], check=args.check)
-    for _, _, number, sha256, bad in in_parallel(pool, task, jobs, split, entry["num_samples"]):
+    results = in_parallel(pool, task, zip(paths, list(digests), shards, strict=True), split, entry["num_samples"])
+    for i, (_, _, sha256, bad) in enumerate(results):
         problems += bad
         if sha256:
-            entry["shard_sha256"][number] = sha256
+            digests[i] = sha256
             # first, so that a later run knows of each shard that is there
             write_json(journal, {"splits": {entry["name"]: entry}})
-            os.replace(f"{paths[number]}.tmp", paths[number])
+            os.replace(f"{paths[i]}.tmp", paths[i])
         elif not bad:
             kept += 1
     if problems:
@@ -399,13 +402,13 @@ def write_split(args, pool, index, split, entry, shards):
     return "already there" if kept == len(paths) else f"written, {kept} of the shards earlier" if kept else "written"
 
 
-def write_shard(number, path, known, samples, plan, check):
-    """In a worker: (samples, bytes, number, sha256, messages on bad images) of a shard, written to PATH.tmp.
+def write_shard(path, known, samples, plan, check):
+    """In a worker: (samples, bytes, sha256, messages on bad images) of a shard, written to PATH.tmp.
 
     The digest is None where nothing is to be renamed: the shard is there, as it was written, or has bad images.
     """
     if known and os.path.exists(path) and hashlib.sha256(Path(path).read_bytes()).hexdigest() == known:
-        return len(samples), os.path.getsize(path), number, None, []
+        return len(samples), os.path.getsize(path), None, []
     sha256, problems = hashlib.sha256(), []
     with open(f"{path}.tmp", "wb") as file:
         for key, image, label in samples:
@@ -422,7 +425,7 @@ def write_shard(number, path, known, samples, plan, check):
         file.write(end)
         file.flush()
         os.fsync(file.fileno())
-    return len(samples), os.path.getsize(file.name), number, None if problems else sha256.hexdigest(), problems
+    return len(samples), os.path.getsize(file.name), None if problems else sha256.hexdigest(), problems
 
 
 def member(name, data):
@@ -496,17 +499,17 @@ def verify_split(args, pool, index, split):
             planned, compared = plan_again(args, split, index), f"the index and {args.data}"
     except DataError as error:
         problems.append(str(error))
-    jobs = zip(range(len(paths)), paths, entry["shard_lengths"], planned, strict=True)
     num_classes, same_bytes = len(index.get("classes", ())) or sys.maxsize, not entry.get("plan", {}).get("resize")
     task = functools.partial(read_shard, num_classes=num_classes, same_bytes=same_bytes)
+    jobs = zip(paths, entry["shard_lengths"], planned, strict=True)
     results = in_parallel(pool, task, jobs, split, entry["num_samples"])
-    for _, _, i, sha256, keys, bad in sorted(results, key=lambda result: result[2]):  # in the shards' order
+    for path, known, (_, _, sha256, keys, bad) in zip(paths, digests, results, strict=True):
         for key in keys:
             if key in first:
-                bad.append(f"{paths[i]}: sample {key} is in {paths[first[key]]}, too")
-            first[key] = i
-        if not bad and digests[i] not in (None, sha256):
-            bad.append(f"{paths[i]}: not the bytes that were written, by their SHA-256")
+                bad.append(f"{path}: sample {key} is in {first[key]}, too")
+            first[key] = path
+        if not bad and known not in (None, sha256):
+            bad.append(f"{path}: not the bytes that were written, by their SHA-256")
         problems += bad
     print(f"{split}: {count(len(paths), 'shard')}, {count(len(first), 'sample')}, compared with {compared}", flush=True)
     return problems
@@ -537,12 +540,13 @@ def write_index(args, pool):
             continue
         if INDEX_NAMES[split] in index["splits"]:
             fail(f"{path}: it names {split} shards already; take it away first")
-        counted = [None] * len(chosen)
-        for length, _, i, sha256, _, bad in in_parallel(pool, read_shard, enumerate(chosen), split):
+        lengths, digests = [], []
+        for length, _, sha256, _, bad in in_parallel(pool, read_shard, zip(chosen), split):
             if bad:
                 fail(f"--index {args.index}: {bad[0]}")
-            counted[i] = length, sha256
-        entry = index_entry(split, list(map(os.path.basename, chosen)), *map(list, zip(*counted, strict=True)))
+            lengths.append(length)
+            digests.append(sha256)
+        entry = index_entry(split, list(map(os.path.basename, chosen)), lengths, digests)
         index["splits"][entry["name"]] = entry
         print(f"{split}: {counts(entry)}", flush=True)
     write_json(path, index)
@@ -564,8 +568,8 @@ def list_urls(args):
     return folder, urls
 
 
-def read_shard(number, url, length=None, planned=(), num_classes=sys.maxsize, same_bytes=False):
-    """In a worker: (samples, bytes, number, sha256, keys, messages on what is wrong) of a shard.
+def read_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_bytes=False):
+    """In a worker: (samples, bytes, sha256, keys, messages on what is wrong) of a shard.
 
     It is read into memory as a whole, about 115 MB of ImageNet. Its samples must be those that are planned, if any are.
     """
@@ -583,7 +587,7 @@ def read_shard(number, url, length=None, planned=(), num_classes=sys.maxsize, sa
         gone = isinstance(error, FileNotFoundError) and error.filename == url
         what = "no such shard" if gone else f"broken after {count(len(keys), 'sample')} ({error})"
         problems.append(f"{url}: {what}")
-    return len(keys), len(data), number, hashlib.sha256(data).hexdigest(), keys, problems
+    return len(keys), len(data), hashlib.sha256(data).hexdigest(), keys, problems
 
 
 def fault(sample, files, num_classes, same_bytes):
