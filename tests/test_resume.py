@@ -1,0 +1,680 @@
+"""Whatever ends a run, a signal, a failure or kill -9: it says so, it leaves nothing behind, and --resume goes on.
+
+Most runs here are forked from one process that has imported the scripts, `python tests/test_resume.py`, so that they
+take a second or two and not ten: see serve(). The others are started as a user starts them.
+"""
+
+import argparse
+import functools
+import io
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT, load
+from PIL import Image
+from test_distributed import free_port
+from test_shards import tar
+
+TRAIN, VAL = [30, 1, 29, 18], [40, 20]  # 78 samples: in batches of 4 a last one of 2, and for two ranks two of 3
+STEPS, EPOCHS = 20, 3  # of an epoch in one process; the steps of two are half as many
+ARGS = ["-a", "shufflenet_v2_x0_5", "--image-size", "32", "-p", "1", "--lr", "0.01", "--no-accel"]
+WDS = [*ARGS, "-b", "4", "-j", "2", "--epochs", EPOCHS, "--seed", "1"]
+RESUME = ["--resume", "checkpoint.pth.tar"]
+NAMES = ("checkpoint.pth.tar", "model_best.pth.tar")
+MARK = "TEST_RESUME_RUN"  # in the environment of a run's processes: torchrun's have sessions of their own
+
+
+# ---------------------------------------------------------------------------- runs that begin at once
+
+
+def serve():
+    """Fork a process for each request on stdin, a line of JSON, and print its number; or, asked for it, its status."""
+    for script in ("main-orig.py", "main-wds.py"):
+        load(script)
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        answer = status_of(**request) if "pid" in request else os.fork()
+        if answer == 0 and "pid" not in request:
+            become(**request)
+            return
+        print(json.dumps(answer), flush=True)
+
+
+def status_of(pid, timeout):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
+def become(script, args, cwd, note):
+    """Do in this process what the command does; the ranks of --multiprocessing-distributed are forked, too."""
+    os.setsid()
+    os.chdir(cwd)
+    for number, name in enumerate((os.devnull, "out", "err")):
+        os.dup2(os.open(name, os.O_RDWR), number)
+    sys.argv = [str(ROOT / script), *args]
+    mp.spawn = functools.partial(mp.start_processes, start_method="fork")
+    if script == "saves":
+        save_without_end(*map(int, args))
+    if note:
+        note_samples(load(script))
+    load(script).main()
+
+
+def note_samples(main_wds):
+    """Each batch that a rank trains with becomes a line of seenRANK, each sample that is decoded a byte of `decoded`.
+
+    The steps take longer, so that the one at which a signal comes is the one at which it was meant to come.
+    """
+    batches, make_transform = main_wds.TrainLoader.__iter__, main_wds.make_transform
+
+    def noted(self):
+        with open(f"seen{self.args.rank}", "a", buffering=1) as file:
+            for images, target in batches(self):
+                print(*target.tolist(), file=file)
+                time.sleep(0.04)
+                yield images, target
+
+    def counted(transform, file):
+        os.write(decoded, b".")
+        return transform(file)
+
+    decoded = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    main_wds.TrainLoader.__iter__ = noted
+    main_wds.make_transform = lambda args, split: (
+        functools.partial(counted, make_transform(args, split)) if split == "train" else make_transform(args, split)
+    )
+
+
+class Server:
+    """serve() in a process of its own."""
+
+    def __init__(self):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error,ignore:This DataLoader will create"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, __file__], env=env, text=True, **pipes)
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+class Run:
+    """A command in a session of its own, in the folder cwd, where its output goes to the files `out` and `err`.
+
+    The server starts it, or without one Python; `before` are then torchrun's arguments.
+    """
+
+    def __init__(self, script, *args, cwd, server=None, note=False, before=()):
+        self.cwd, self.server, self.script, self.seen = cwd, server, script, set()
+        cwd.mkdir(exist_ok=True)
+        for name in ("out", "err"):
+            (cwd / name).write_text("")
+        args = [str(arg) for arg in args]
+        if server:
+            self.pid = server.ask(script=script, args=args, cwd=str(cwd), note=note)
+            return
+        warnings = "error::DeprecationWarning,error::FutureWarning" if before else "error"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings, MARK: str(cwd)}
+        command = [sys.executable, *before, str(ROOT / script), *args]
+        with open(cwd / "out", "w") as out, open(cwd / "err", "w") as err:
+            self.process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=err, start_new_session=True)
+        self.pid = self.process.pid
+
+    def alive(self, among="[0-9]*"):
+        """{id: parent's} of its processes that have not ended."""
+        found = {}
+        for folder in Path("/proc").glob(str(among)):
+            try:
+                state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                ours = self.pid in (int(session), int(folder.name)) or (
+                    not self.server and f"{MARK}={self.cwd}\0".encode() in (folder / "environ").read_bytes()
+                )
+            except OSError:  # it has just ended, or is another user's
+                continue
+            if ours and state not in "ZX":
+                found[int(folder.name)] = int(parent)
+        self.seen |= set(found)
+        return found
+
+    def until(self, pattern, count=1, timeout=60):
+        """Wait for as many matches in its output."""
+        end = time.monotonic() + timeout
+        while len(re.findall(pattern, (self.cwd / "out").read_text(), re.M)) < count:
+            assert time.monotonic() < end and self.alive(self.pid), f"{pattern}\n{self.output()}"
+            time.sleep(0.01)
+        return self
+
+    def output(self):
+        return "\n".join((self.cwd / name).read_text() for name in ("out", "err"))
+
+    def kill(self, number, group=False):
+        self.alive()
+        (os.killpg if group else os.kill)(self.pid, number)
+        return self
+
+    def finish(self, status=0, timeout=60, lines=0):
+        """(stdout, lines on stderr), once it has ended like that: no traceback, no process left, no shared memory."""
+        found = self.wait(timeout)
+        assert found == status, f"status {found}\n{self.output()}"
+        end = time.monotonic() + 8  # a worker looks for its parent each 5 s
+        while self.alive():
+            assert time.monotonic() < end, f"{self.alive()} are left\n{self.output()}"
+            time.sleep(0.02)
+        left = [name for name in os.listdir("/dev/shm") if any(str(pid) in re.split(r"\D+", name) for pid in self.seen)]
+        assert not left
+        out, err = (self.cwd / "out").read_text(), (self.cwd / "err").read_text()
+        err = [line for line in err.splitlines() if "Terminating process" not in line]  # PyTorch's log of the others
+        assert len(err) == lines and "Traceback" not in out, self.output()
+        return out, err
+
+    def wait(self, timeout):
+        if self.server:
+            return self.server.ask(pid=self.pid, timeout=timeout)
+        return self.process.wait(timeout)
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    server.process.wait(20)
+    server.process.stdout.close()
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """Start main-wds.py, or another, in the test's folder; what a failed test leaves running is killed."""
+    runs = []
+
+    def start(*args, script="main-wds.py", cwd=tmp_path, server=server, **more):
+        runs.append(Run(script, *args, cwd=cwd, server=server, **more))
+        return runs[-1]
+
+    yield start
+    for pid in {pid for run in runs for pid in run.alive()}:
+        os.kill(pid, signal.SIGKILL)
+
+
+def ddp():
+    return ["--multiprocessing-distributed", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+
+
+def torchrun():
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+# ---------------------------------------------------------------------------- what they train with, and end with
+
+
+def write_shards(folder, lengths, cut=None):
+    """Shards of noise, each sample of a class of its own: its number. Of number `cut` only half the image is there."""
+    folder.mkdir(exist_ok=True)
+    draw, splits = random.Random(1), {}
+    for split, sizes in lengths.items():
+        numbers, names = itertools.count(), [f"imagenet-{split}-{i:06}.tar" for i in range(len(sizes))]
+        splits[split] = {"num_samples": sum(sizes), "filenames": names, "shard_lengths": sizes}
+        for name, size in zip(names, sizes, strict=True):
+            members = []
+            for number in itertools.islice(numbers, size):
+                image = io.BytesIO()
+                Image.frombytes("RGB", (40, 40), draw.randbytes(4800)).save(image, "jpeg")
+                data = image.getvalue()[: 600 if (split, number) == ("train", cut) else None]
+                members += [(f"n{number:03}.cls", b"%d" % number), (f"n{number:03}.jpg", data)]
+            (folder / name).write_bytes(tar(members))
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("numbered") / "shards", {"train": TRAIN, "validation": VAL})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """32 training images and 8 for validation, of two classes, in folders."""
+    data, draw = tmp_path_factory.mktemp("folders"), random.Random(1)
+    for split, size in (("train", 16), ("val", 4)):
+        for path in (data / split / name / f"{i}.jpg" for name in ("a", "b") for i in range(size)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.frombytes("RGB", (40, 40), draw.randbytes(4800)).save(path)
+    return data
+
+
+@pytest.fixture(scope="module")
+def unbroken(server, shards, tmp_path_factory):
+    """The folder of a whole run with these arguments, made once."""
+
+    @functools.cache
+    def run(ranks, *args):
+        folder = tmp_path_factory.mktemp("unbroken")
+        more = ddp() if ranks == 2 else []
+        Run("main-wds.py", *args, "--shards", shards, *more, cwd=folder, server=server, note=True).finish()
+        return folder
+
+    return lambda ranks, *args: run(ranks, *map(str, args))
+
+
+def checkpoint(folder, name="checkpoint.pth.tar"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def same(a, b):
+    """To the bit; and no NaN, which nothing equals."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def end_alike(folder, other):
+    names = [name for name in NAMES if (other / name).exists()]  # there may be no best: of 1.7 percent by chance
+    return all(same(checkpoint(folder, name), checkpoint(other, name)) for name in names)
+
+
+def lines(folder, rank=0):
+    """The batches that a rank trained with, each as the numbers of its samples."""
+    return [list(map(int, line.split())) for line in (folder / f"seen{rank}").read_text().splitlines()]
+
+
+def stopped(run, number, ranks=1):
+    """(epoch, step) at which it stopped, which must be what its one line, its checkpoint and its batches say."""
+    _, (line,) = run.finish(status=128 + number, lines=1)
+    name = signal.Signals(number).name
+    form = rf"main-wds\.py: stopped by {name}; --resume checkpoint\.pth\.tar goes on after step (\d+) of epoch (\d+)"
+    step, epoch = map(int, re.fullmatch(form, line).groups())
+    state = checkpoint(run.cwd)
+    assert (state["epoch"], state["position"]["step"]) == (epoch, step)
+    return epoch, step
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def save_without_end(number, seed):
+    """Checkpoints of epochs from `number` on, each second one the best; every value in them is that of the epoch."""
+    main_wds, args = load("main-wds.py"), argparse.Namespace(rank=0, arch="none")
+    net, draw = torch.nn.Linear(300, 300), random.Random(seed)
+    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30)
+    net(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    for epoch in itertools.count(number):
+        for tensor in (*net.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.state.values())):
+            tensor.fill_(epoch)
+        position = {"position": {"step": epoch}} if draw.random() < 0.3 else {}
+        main_wds.save_checkpoint(args, net, optimizer, scheduler, epoch, float(epoch), epoch % 2 == 0, **position)
+        print(epoch, flush=True)
+
+
+def test_killed_while_it_writes(start, tmp_path):
+    """A hundred kill -9 at random moments: both checkpoints can be read, and each is of one moment alone."""
+    draw, epochs, unfinished = random.Random(1), {0}, 0
+    start(0, 0, script="saves").until("^2$").kill(signal.SIGKILL).finish(status=-signal.SIGKILL)
+    for i in range(1, 101):
+        run = start(1000 * i, i, script="saves")
+        time.sleep(draw.uniform(0, 0.04))
+        run.kill(signal.SIGKILL).wait(20)
+        for name in NAMES:
+            state = checkpoint(tmp_path, name)
+            epoch = state["epoch"]
+            values = [
+                *state["state_dict"].values(),
+                *(s["momentum_buffer"] for s in state["optimizer"]["state"].values()),
+            ]
+            assert len(values) == 4 and all((value == epoch).all() for value in values)
+            assert state["best_acc1"] == epoch and state.get("position", {"step": epoch}) == {"step": epoch}
+            assert name == "checkpoint.pth.tar" or epoch % 2 == 0
+            epochs.add(epoch)
+        for path in tmp_path.glob("*.partial"):
+            unfinished += 1
+            path.unlink()
+    print(f"{len(epochs)} different checkpoints, {unfinished} times one was being written")
+    assert len(epochs) > 60 and unfinished > 20
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_written_by_rank_0_and_on_disk_before_it_counts(script, tmp_path, monkeypatch):
+    calls, module, net = [], load(script), torch.nn.Linear(1, 1)
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append((a, b)), replace(a, b)))
+    monkeypatch.chdir(tmp_path)
+    optimizer = torch.optim.SGD(net.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30)
+    for rank in (1, 0):
+        assert calls == [] and os.listdir(tmp_path) == []
+        args = argparse.Namespace(rank=rank, arch="none")
+        module.save_checkpoint(args, net, optimizer, scheduler, 1, 0.0, is_best=True)
+    steps = [[str(tmp_path / f"{name}.partial"), (f"{name}.partial", name)] for name in reversed(NAMES)]
+    assert calls == [*steps[0], *steps[1]]  # the best first: else one that validation finds again would not be better
+    assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_a_pickle_that_would_run_something(script, start, folders, shards, tmp_path):
+    """In a checkpoint that is otherwise whole, it is refused, and not run."""
+    data = [folders] if script == "main-orig.py" else ["--shards", shards]
+    state = {"epoch": 1, "arch": "shufflenet_v2_x0_5", "best_acc1": 0.0, "state_dict": {}, "optimizer": Malicious()}
+    torch.save({**state, "scheduler": {}}, tmp_path / "evil.tar")
+    args = [arg for arg in ARGS if script == "main-wds.py" or arg not in ("--image-size", "32")]
+    _, (line,) = start(*args, *data, "--resume", "evil.tar", script=script).finish(status=2, lines=1)
+    assert line.startswith(f"{script}: --resume evil.tar: no checkpoint of this script")
+    assert not (tmp_path / "pwned").exists()
+
+
+# ---------------------------------------------------------------------------- between two epochs
+
+BOUNDARIES = [("main-orig.py", "", 1), *(("main-wds.py", name, ranks) for name in ("orig", "wds") for ranks in (1, 2))]
+
+
+@pytest.mark.parametrize("script, dataset, ranks", BOUNDARIES)
+def test_resume_between_epochs(script, dataset, ranks, start, folders, shards, tmp_path):
+    """Three epochs at once and one by one end alike: weights, optimizer and scheduler, the last and the best."""
+    args = ["-a", "shufflenet_v2_x0_5", "-b", 16, "-j", 2, "--lr", 0.01, "--seed", 1, "--no-accel"]
+    if script == "main-orig.py":
+        args += [folders]
+    else:
+        args += ["--dataset", dataset, "--data", folders, "--shards", shards, "--image-size", 32]
+    cwds = [tmp_path / "unbroken", tmp_path / "resumed"]
+    for epochs, cwd in ((3, cwds[0]), *((epochs, cwds[1]) for epochs in (1, 2, 3))):
+        more = [*(RESUME if (cwd / NAMES[0]).exists() else []), *(ddp() if ranks == 2 else [])]
+        out, _ = start(*args, "--epochs", epochs, *more, script=script, cwd=cwd).finish()
+        assert out.count(" * Acc@1") == (3 if cwd == cwds[0] else 1)
+    state = checkpoint(cwds[0])
+    assert state["epoch"] == 3 and state["scheduler"]["last_epoch"] == 3 and len(state["optimizer"]["state"]) > 50
+    assert "position" not in state
+    assert end_alike(*cwds)
+
+
+# ---------------------------------------------------------------------------- in mid-epoch
+
+
+def interrupted(start, args, plan, cwd):
+    """The (epoch, step)s at which runs stopped that were interrupted and resumed: each (steps, signal, group) is one.
+
+    In the end the samples that a run decodes are those that it trains with.
+    """
+    stops, resume = [], []
+    for steps, number, group in plan:
+        run = start(*args, *resume, *(ddp() if group is not None else []), cwd=cwd, note=True)
+        run.until("^Epoch", count=steps).kill(number, group=bool(group))
+        stops.append(stopped(run, number))
+        resume = RESUME
+    before = sum(map(len, lines(cwd))), (cwd / "decoded").stat().st_size
+    start(*args, *resume, *(ddp() if group is not None else []), cwd=cwd, note=True).finish()
+    ranks = 1 if group is None else 2
+    assert (cwd / "decoded").stat().st_size - before[1] == ranks * (sum(map(len, lines(cwd))) - before[0])
+    return stops
+
+
+def test_ten_signals(start, shards, unbroken, tmp_path):
+    """At random steps of three epochs, SIGTERM or SIGINT: the batches and the weights are those of a run without."""
+    draw, args = random.Random(2), [*WDS, "--shards", shards]
+    plan = [(draw.randint(1, 5), draw.choice([signal.SIGTERM, signal.SIGINT]), None) for _ in range(10)]
+    stops = interrupted(start, args, plan, tmp_path)
+    print(stops)
+    assert len(set(stops)) == 10 and stops == sorted(stops) and stops[-1][0] >= 1
+    assert lines(tmp_path) == lines(unbroken(1, *WDS))
+    assert end_alike(tmp_path, unbroken(1, *WDS))
+    for epoch in range(EPOCHS):
+        batches = lines(tmp_path)[epoch * STEPS : (epoch + 1) * STEPS]
+        assert sorted(itertools.chain(*batches)) == list(range(sum(TRAIN)))
+    assert lines(tmp_path)[:STEPS] != lines(tmp_path)[STEPS : 2 * STEPS]
+
+
+def test_signals_to_two_ranks(start, shards, unbroken, tmp_path):
+    """To the process that was started, as schedulers do, and to all of them, as a terminal does."""
+    args = [*WDS, "--shuffle", 8, "--epochs", 2, "-b", 8]
+    whole = unbroken(2, *args)
+    plan = [(3, signal.SIGTERM, False), (2, signal.SIGINT, True), (4, signal.SIGTERM, True), (1, signal.SIGTERM, False)]
+    print(interrupted(start, [*args, "--shards", shards], plan, tmp_path))
+    for rank in (0, 1):
+        assert lines(tmp_path, rank) == lines(whole, rank) and len(lines(whole, rank)) == 2 * STEPS / 2
+    assert lines(whole, 0) != lines(whole, 1)
+    assert end_alike(tmp_path, whole)
+
+
+def test_ctrl_c_for_the_first_of_two_ranks(start, shards, unbroken, tmp_path):
+    """SIGINT to the process that was started, and to no other."""
+    args = [*WDS, "--shuffle", 8, "--epochs", 2, "-b", 8]
+    interrupted(start, [*args, "--shards", shards], [(2, signal.SIGINT, False)], tmp_path)
+    assert end_alike(tmp_path, unbroken(2, *args))
+
+
+MORE = {
+    "no workers": ["-j", 0],
+    "no workers, dropout": ["-a", "squeezenet1_1", "-j", 0],
+    "three workers, dropout, a small buffer": ["-a", "squeezenet1_1", "-j", 3, "--shuffle", 5],
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_other_networks_and_workers(case, start, shards, unbroken, tmp_path):
+    args = [*WDS, "--epochs", 1, *MORE[case]]
+    interrupted(start, [*args, "--shards", shards], [(2, signal.SIGTERM, None), (3, signal.SIGINT, None)], tmp_path)
+    assert lines(tmp_path) == lines(unbroken(1, *args))
+    assert end_alike(tmp_path, unbroken(1, *args))
+
+
+def test_without_a_seed(start, shards, tmp_path):
+    """Each sample comes once in the epoch all the same; and the next epoch has an order of its own."""
+    at = WDS.index("--seed")
+    args = [*WDS[:at], *WDS[at + 2 :], "--epochs", 2, "--shards", shards]
+    interrupted(start, args, [(5, signal.SIGTERM, None)], tmp_path)
+    epochs = [list(itertools.chain(*lines(tmp_path)[i : i + STEPS])) for i in (0, STEPS)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(sum(TRAIN)))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_checkpoint_steps(start, shards, unbroken, tmp_path):
+    """kill -9 loses no more than the steps since the last checkpoint, also where that is in mid-epoch."""
+    args = [*WDS, "--shards", shards, "--checkpoint-steps", 3]
+    runs = []
+    for steps, resume in ((5, []), (7, RESUME)):
+        runs.append(start(*args, *resume, note=True).until("^Epoch", count=steps).kill(signal.SIGKILL))
+        assert runs[-1].wait(20) == -signal.SIGKILL
+    assert checkpoint(tmp_path)["epoch"] == 0 and checkpoint(tmp_path)["position"]["step"] == 9
+    start(*args, *RESUME, note=True).finish()
+    assert end_alike(tmp_path, unbroken(1, *WDS))
+    assert not any(run.alive() for run in runs)  # their workers have missed them
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_during_validation(ranks, start, shards, unbroken, tmp_path):
+    """It ends at once, and is done again; no sample comes twice."""
+    args, more = [*WDS, "--epochs", 2, *(["-b", 8] if ranks == 2 else [])], ddp if ranks == 2 else list
+    run = start(*args, "--shards", shards, *more(), note=True).until(r"^Test: \[ *1/")
+    run.kill(signal.SIGTERM)
+    assert stopped(run, signal.SIGTERM) == (0, STEPS / ranks)
+    assert " * Acc" not in run.output()
+    out, _ = start(*args, "--shards", shards, *RESUME, *more(), note=True).finish()
+    assert out.index("Test: ") < out.index("Epoch: [1]") and "Epoch: [0]" not in out
+    assert lines(tmp_path) == lines(unbroken(ranks, *args))
+    assert end_alike(tmp_path, unbroken(ranks, *args))
+
+
+# ---------------------------------------------------------------------------- with other options
+
+
+@pytest.fixture(scope="module")
+def stopped_at(server, shards, tmp_path_factory):
+    """A folder with the checkpoint of a run that SIGTERM stopped in epoch 1."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run = Run("main-wds.py", *WDS, "--shards", shards, cwd=folder, server=server, note=True)
+    run.until(r"^Epoch: \[1\]", count=5).kill(signal.SIGTERM)
+    epoch, step = stopped(run, signal.SIGTERM)
+    assert epoch == 1
+    return folder, step
+
+
+OTHER = {
+    "workers": (["-j", 3], "workers 2, not 3"),
+    "no workers": (["-j", 0], "workers 2, not 0"),
+    "batch": (["-b", 5], "batch_size 4, not 5"),
+    "ranks": (["-b", 8, "-j", 4], "world_size 1, not 2"),
+    "shuffle": (["--shuffle", 7], "shuffle 1000, not 7"),
+    "seed": (["--seed", 2], "seed 1, not 2"),
+    "fewer shards": ([], "lengths"),
+    "samples": ([], "lengths"),
+    "lengths": ([], "lengths"),  # as many shards and samples, but divided in another way
+}
+LENGTHS = {"fewer shards": [30, 29, 19], "samples": [30, 1, 29, 17], "lengths": [29, 2, 29, 18]}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_options_are_refused(case, start, shards, stopped_at, tmp_path):
+    """Those with which the rest of the epoch would not be the samples that were left: by name, with both ways out."""
+    folder, _ = stopped_at
+    args, expected = OTHER[case]
+    if case in LENGTHS:
+        shards = write_shards(tmp_path / "shards", {"train": LENGTHS[case], "validation": VAL})
+    args = [*WDS, "--shards", shards, "--resume", folder / "checkpoint.pth.tar", *args]
+    _, (line,) = start(*args, *(ddp() if case == "ranks" else [])).finish(status=2, lines=1)
+    assert line.startswith(f"main-wds.py: --resume {folder}/checkpoint.pth.tar: it stopped within an epoch, with ")
+    assert expected in line and line.endswith("--start-epoch 1")
+
+
+def test_moved_shards_and_more_epochs_are_not_refused(start, stopped_at, tmp_path):
+    folder, step = stopped_at
+    shards = write_shards(tmp_path / "moved", {"train": TRAIN, "validation": VAL})
+    args = [*WDS, "--epochs", 2, "--shards", shards, "--resume", folder / "checkpoint.pth.tar"]
+    start(*args, note=True).finish()
+    seen = [*lines(folder)[STEPS:], *lines(tmp_path)]
+    assert len(seen) == STEPS and len(lines(tmp_path)) == STEPS - step
+    assert sorted(itertools.chain(*seen)) == list(range(sum(TRAIN)))
+
+
+def test_start_epoch_begins_it_anew(start, shards, stopped_at, tmp_path):
+    """With whatever options."""
+    folder, _ = stopped_at
+    args = [*WDS, "--epochs", 2, "--shards", shards, "--resume", folder / "checkpoint.pth.tar", "--start-epoch", 1]
+    start(*args, "-b", 6, "-j", 1, note=True).finish()
+    assert sorted(itertools.chain(*lines(tmp_path))) == list(range(sum(TRAIN)))
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_folders_begin_the_epoch_anew(script, start, folders, stopped_at, tmp_path):
+    """A checkpoint of mid-epoch is one of the epoch's beginning to those who know of no other."""
+    folder, _ = stopped_at
+    args = ["-a", "shufflenet_v2_x0_5", "-b", 8, "-j", 1, "--epochs", 2, "-p", 1, "--no-accel"]
+    args += ["--resume", folder / "checkpoint.pth.tar"]
+    args += [folders] if script == "main-orig.py" else ["--dataset", "orig", "--data", folders]
+    out, _ = start(*args, script=script).finish()
+    assert re.findall(r"^Epoch: \[(\d)\]\[(\d/\d)\]", out, re.M) == [("1", f"{i}/4") for i in range(1, 5)]
+    assert checkpoint(tmp_path)["epoch"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_folders_at_a_signal(number, start, folders, tmp_path):
+    """The checkpoint stays that of the last whole epoch."""
+    args = ["--dataset", "orig", "--data", folders, *WDS]
+    run = start(*args, note=True).until(r"^Epoch: \[1\]")
+    before = (tmp_path / "checkpoint.pth.tar").read_bytes()
+    _, (line,) = run.until("^Epoch", count=8 + 3).kill(number).finish(status=128 + number, lines=1)
+    assert line == f"main-wds.py: stopped by {number.name}; --resume goes on after the last whole epoch"
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------- failures, and what is left
+
+
+def ranks_of(run):
+    """The processes that train, in their order."""
+    command = lambda pid: Path(f"/proc/{pid}/cmdline").read_text()  # noqa: E731
+    return sorted(pid for pid, parent in run.alive().items() if parent == run.pid and "tracker" not in command(pid))
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_a_rank_is_killed(script, start, folders, shards):
+    """The others end, and one line says why."""
+    args = ["-a", "shufflenet_v2_x0_5", "-b", 8, "-j", 2, "-p", 1, "--no-accel"]
+    args += [folders] if script == "main-orig.py" else ["--shards", shards, "--image-size", 32]
+    run = start(*args, *ddp(), script=script).until("^Epoch", count=2)
+    os.kill(ranks_of(run)[script == "main-orig.py"], signal.SIGKILL)
+    _, (line,) = run.finish(status=1, lines=1)
+    form = r"process \d terminated with signal SIGKILL, and so the others of this node were ended"
+    assert re.fullmatch(rf"{script}: {form}", line)
+
+
+def test_a_rank_of_torchrun_is_killed(start, shards):
+    run = start(*WDS, "--epochs", 90, "--shards", shards, server=None, before=torchrun()).until("^Epoch", count=2)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    assert run.wait(60) == 1
+    assert "SIGKILL" in run.output() or "Signal 9" in run.output()
+    assert not run.alive()
+
+
+@pytest.mark.parametrize("how", ["spawn", "torchrun"])
+def test_an_image_that_is_cut_off(how, start, tmp_path):
+    """It is named, shard and key, though another rank met it not."""
+    shards = write_shards(tmp_path / "shards", {"train": TRAIN, "validation": VAL}, cut=40)
+    args = [*WDS, "--shards", shards, *(ddp() if how == "spawn" else [])]
+    expected = f"main-wds.py: {shards}/imagenet-train-000002.tar: sample n040: not a readable image"
+    if how == "spawn":
+        _, (line,) = start(*args).finish(status=2, lines=1)
+        assert line.startswith(expected)
+    else:
+        run = start(*args, server=None, before=torchrun())
+        assert run.wait(60) == 1
+        assert len(re.findall(f"^{re.escape(expected)}", run.output(), re.M)) == 1
+        assert not run.alive()
+
+
+ENDS = [("wds", 0, False), ("wds", signal.SIGTERM, False), ("wds", signal.SIGINT, True), ("orig", signal.SIGINT, True)]
+
+
+@pytest.mark.parametrize("dataset, number, group", ENDS)
+def test_nothing_is_left(dataset, number, group, start, folders, shards, tmp_path):
+    """Neither a process nor shared memory, of two ranks with two workers each: finish() looks for them."""
+    args = ["--dataset", dataset, "--data", folders, "--shards", shards, *WDS, "-b", 16, "-j", 4]
+    run = start(*args, "--epochs", 1 if not number else 90, *ddp()).until("^Epoch", count=2)
+    assert len(run.alive()) >= 3 + 2 * 2
+    if number:
+        run.kill(number, group)
+    run.finish(status=128 + number if number else 0, lines=1 if number else 0)
+
+
+def test_as_a_user_types_it(start, shards, unbroken, tmp_path):
+    """Without the server: one process, stopped and resumed."""
+    run = start(*WDS, "--shards", shards, server=None).until("^Epoch", count=STEPS + 4).kill(signal.SIGTERM)
+    assert stopped(run, signal.SIGTERM) > (0, 0)
+    start(*WDS, "--shards", shards, *RESUME, server=None).finish()
+    assert end_alike(tmp_path, unbroken(1, *WDS))
+
+
+def test_as_a_user_types_it_for_two_ranks(start, shards, unbroken, tmp_path):
+    """Without the server: --multiprocessing-distributed is stopped by Ctrl-C, and torchrun goes on."""
+    args = [*WDS, "--shuffle", 8, "--epochs", 2, "-b", 8]
+    run = start(*args, "--shards", shards, *ddp(), server=None).until("^Epoch", count=3).kill(signal.SIGINT, True)
+    stopped(run, signal.SIGINT)
+    start(*args, "--shards", shards, *RESUME, server=None, before=torchrun()).finish()
+    assert end_alike(tmp_path, unbroken(2, *args))
+
+
+if __name__ == "__main__":
+    serve()
