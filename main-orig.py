@@ -70,8 +70,10 @@ def parse_args():
     add("--gpu", type=number, metavar="N", help="use this GPU alone")
     add("--no-accel", action="store_true", help="use the CPU even where there is a GPU")
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
+    add("--amp", action="store_true", help="compute in bfloat16 where that is safe, with channels last (off)")
     add("--dummy", action="store_true", help="train on noise of ImageNet's size, without any files")
     args = parser.parse_args()
+    args.memory_format = torch.channels_last if args.amp else torch.contiguous_format
     if args.arch not in ARCHS:
         close = difflib.get_close_matches(args.arch, ARCHS) or ["resnet18", "resnet50"]
         fail(f"--arch {args.arch}: not a single-output classifier of torchvision; try {', '.join(close)}")
@@ -203,7 +205,7 @@ def run(args):
     """Train and validate for all epochs, or validate once."""
     set_seed(args, epoch=-1)
     say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}' on {args.device}")
-    net = make_model(args).to(args.device)
+    net = make_model(args).to(args.device, memory_format=args.memory_format)
     model = net
     if args.distributed:
         model = DistributedDataParallel(net, device_ids=None if args.device.type == "cpu" else [args.device])
@@ -348,11 +350,12 @@ def train(train_loader, model, criterion, optimizer, epoch, args):
     end = time.time()
     for i, (images, target) in enumerate(train_loader):
         data_time.update(time.time() - end)
-        images = images.to(args.device, non_blocking=True)
+        images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(args.device, non_blocking=True)
 
-        output = model(images)
-        loss = criterion(output, target)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            output = model(images)
+            loss = criterion(output, target)
         acc1, acc5 = accuracy(output, target)
         losses.update(loss.detach(), len(images))
         top1.update(acc1, len(images))
@@ -385,10 +388,11 @@ def validate(val_loader, net, criterion, args):
     net.eval()
     end = time.time()
     for i, (images, target) in enumerate(val_loader):
-        images = images.to(args.device, non_blocking=True)
+        images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(args.device, non_blocking=True)
-        output = net(images)
-        loss = criterion(output, target)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            output = net(images)
+            loss = criterion(output, target)
         acc1, acc5 = accuracy(output, target)
         losses.update(loss, len(images))
         top1.update(acc1, len(images))

@@ -99,8 +99,10 @@ def parse_args():
     add("--gpu", type=number, metavar="N", help="use this GPU alone")
     add("--no-accel", action="store_true", help="use the CPU even where there is a GPU")
     add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
+    add("--amp", action="store_true", help="compute in bfloat16 where that is safe, with channels last (off)")
     add("--dummy", action="store_true", help="train on noise of ImageNet's size, without any files")
     args = parser.parse_args()
+    args.memory_format = torch.channels_last if args.amp else torch.contiguous_format
     if args.arch not in ARCHS:
         close = difflib.get_close_matches(args.arch, ARCHS) or ["resnet18", "resnet50"]
         fail(f"--arch {args.arch}: not a single-output classifier of torchvision; try {', '.join(close)}")
@@ -232,7 +234,7 @@ def run(args):
     """Train and validate for all epochs, or validate once."""
     set_seed(args, epoch=-1)
     say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}' on {args.device}")
-    net = make_model(args).to(args.device)
+    net = make_model(args).to(args.device, memory_format=args.memory_format)
     model = net
     if args.distributed:
         model = DistributedDataParallel(net, device_ids=None if args.device.type == "cpu" else [args.device])
@@ -247,7 +249,7 @@ def run(args):
     best_acc1 = state["best_acc1"]
 
     make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]
-    val_loader = DeviceLoader(make_val_loader(args), args.device)
+    val_loader = DeviceLoader(make_val_loader(args), args)
     train_loader = None
     if not args.evaluate:
         save = functools.partial(save_checkpoint, args, net, optimizer, scheduler)
@@ -389,11 +391,12 @@ def train(train_loader, model, criterion, optimizer, epoch, args):
     end = time.time()
     for i, (images, target) in enumerate(train_loader):
         data_time.update(time.time() - end)
-        images = images.to(args.device, non_blocking=True)
+        images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(args.device, non_blocking=True)
 
-        output = model(images)
-        loss = criterion(output, target)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            output = model(images)
+            loss = criterion(output, target)
         acc1, acc5 = accuracy(output, target)
         losses.update(loss.detach(), len(images))
         top1.update(acc1, len(images))
@@ -426,10 +429,11 @@ def validate(val_loader, net, criterion, args):
     net.eval()
     end = time.time()
     for i, (images, target) in enumerate(val_loader):
-        images = images.to(args.device, non_blocking=True)
+        images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(args.device, non_blocking=True)
-        output = net(images)
-        loss = criterion(output, target)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            output = net(images)
+            loss = criterion(output, target)
         acc1, acc5 = accuracy(output, target)
         losses.update(loss, len(images))
         top1.update(acc1, len(images))
@@ -554,29 +558,52 @@ BROKEN = (OSError, ValueError, MemoryError, OverflowError, tarfile.TarError, htt
 
 
 class DeviceLoader:
-    """Brings a loader's uint8 batches to the device and normalises them there; others pass as they are."""
+    """Brings a loader's uint8 batches to the device and normalises them there; others pass as they are.
 
-    def __init__(self, loader, device):
-        self.loader, self.device = loader, device
+    On a GPU that happens in a stream of its own, for a batch while the one before is worked on.
+    """
+
+    def __init__(self, loader, args):
+        self.loader, self.device, self.memory_format = loader, args.device, args.memory_format
         self.sampler = loader.dataset if isinstance(loader.dataset, Shards) else loader.sampler
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.mean, self.std = (255 * torch.tensor(x, device=self.device).view(1, 3, 1, 1) for x in (MEAN, STD))
         loader.worker_init_fn = leave_signals
         Finalize(None, end_workers, exitpriority=0)  # atexit is too late for the processes of mp.spawn
-        self.mean, self.std = (255 * torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (MEAN, STD))
 
     def __len__(self):
         return len(self.sampler) if isinstance(self.sampler, Shards) else len(self.loader)
 
     def __iter__(self):
         count = 0
-        for images, target in self.loader:
+        for images, target in self.ahead() if self.stream else map(self.bring, self.loader):
             count += len(target)
-            images = images.to(self.device, non_blocking=self.device.type == "cuda")
-            if images.dtype == torch.uint8:  # (B, H, W, 3), one byte a channel up to here
-                images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-                images.sub_(self.mean).div_(self.std)
             yield images, target
         if isinstance(self.sampler, Shards) and count != self.sampler.num_samples():
             fail(f"{count} samples came from the shards, but the index says {self.sampler.num_samples()} for this rank")
+
+    def ahead(self):
+        """The batches, each handed out once the copy of the next one has begun."""
+        ready = None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        for batch in self.loader:
+            with torch.cuda.stream(self.stream):
+                coming = self.bring(batch)
+            if ready:
+                yield ready
+            torch.cuda.current_stream().wait_stream(self.stream)
+            for tensor in coming:  # or its memory might be given away while the training still reads it
+                tensor.record_stream(torch.cuda.current_stream())
+            ready = coming
+        if ready:
+            yield ready
+
+    def bring(self, batch):
+        images, target = (tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in batch)
+        if images.dtype == torch.uint8:  # (B, H, W, 3), one byte a channel up to here
+            images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
+            images.sub_(self.mean).div_(self.std)
+        return images, target
 
 
 class TrainLoader(DeviceLoader):
@@ -587,7 +614,7 @@ class TrainLoader(DeviceLoader):
     """
 
     def __init__(self, loader, args, state, save):
-        super().__init__(loader, args.device)
+        super().__init__(loader, args)
         self.args, self.save, self.signal, self.doing = args, save, 0, "something else"
         self.exact, self.left = isinstance(self.sampler, Shards), "--resume goes on after the last whole epoch"
         self.group = dist.new_group(backend="gloo") if args.distributed else None  # NCCL has none for the CPU

@@ -295,7 +295,7 @@ def normalising(args):
     images = torch.randint(256, (64, args.image_size, args.image_size, 3), dtype=torch.uint8)
     batches = torch.utils.data.DataLoader([(images, torch.zeros(64))] * 12, batch_size=None)
     start = time.perf_counter()
-    for batch, _ in script().DeviceLoader(batches, args.device):
+    for batch, _ in script().DeviceLoader(batches, args):
         batch[-1, -1, -1, -1].item()  # waits for the device
         times.append(time.perf_counter() - start)
         start = time.perf_counter()

@@ -48,8 +48,8 @@ def run(args):
 def see(args):
     mp.set_start_method(args.start_method, force=True)
     make_train_loader, make_val_loader = main_wds.LOADERS["wds"]
-    val_loader = main_wds.DeviceLoader(make_val_loader(args), args.device)
-    train_loader = main_wds.DeviceLoader(make_train_loader(args), args.device)
+    val_loader = main_wds.DeviceLoader(make_val_loader(args), args)
+    train_loader = main_wds.DeviceLoader(make_train_loader(args), args)
     if args.peek:
         next(iter(train_loader.sampler))
     seen = {"len": {"train": len(train_loader), "val": len(val_loader)}, "train": [], "val": []}

@@ -48,11 +48,12 @@ def test_the_loop_differs_in_the_loaders_only():
         "val_loader = make_val_loader_orig(args)",
         "train_loader = None if args.evaluate else make_train_loader_orig(args)",
         'make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]',
-        "val_loader = DeviceLoader(make_val_loader(args), args.device)",
+        "val_loader = DeviceLoader(make_val_loader(args), args)",
         "train_loader = None",
         "if not args.evaluate:",
         "save = functools.partial(save_checkpoint, args, net, optimizer, scheduler)",
-        "train_loader = TrainLoader(make_train_loader(args), args, state, lambda **at: save(best_acc1=best_acc1, **at))",
+        "train_loader = TrainLoader("
+        "make_train_loader(args), args, state, lambda **at: save(best_acc1=best_acc1, **at))",
         "if args.distributed:",
         'if hasattr(train_loader.sampler, "set_epoch"):',
     ]
@@ -64,7 +65,7 @@ def test_options_of_the_pair():
     options = [set(re.findall(r"--[a-z0-9-]+", text)) for text in helps]
     named = "arch workers epochs start-epoch batch-size lr learning-rate momentum wd weight-decay print-freq resume"
     named += " evaluate pretrained world-size rank dist-url dist-backend seed gpu no-accel multiprocessing-distributed"
-    assert options[0] == {f"--{name}" for name in (named + " dummy help").split()}
+    assert options[0] == {f"--{name}" for name in (named + " dummy help amp").split()}
     added = "data dataset loader shards trainshards valshards trainsize valsize shuffle augmentation decode image-size"
     added += " checkpoint-steps"
     assert options[1] - options[0] == {f"--{name}" for name in added.split()}

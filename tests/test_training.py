@@ -114,6 +114,24 @@ def test_pretrained_takes_the_weights_api(small, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_amp(script, small, tmp_path):
+    """--amp computes the same in bfloat16, from the first step on; its checkpoint holds float32, and fits either."""
+    args = [*FAST, small / "data"] if script == "main-orig.py" else [*WDS, "--shards", small / "shards"]
+    first = {}
+    for amp in ([], ["--amp"]):
+        stdout, _ = run(script, *args, "--seed", 1, "-p", 1, *amp, cwd=tmp_path)
+        first[bool(amp)] = float(losses(stdout)[0][0])
+    assert first[True] != first[False] and first[True] == pytest.approx(first[False], rel=0.05)
+    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["state_dict"]
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+    results = [
+        summary(run(script, *args, "--resume", "checkpoint.pth.tar", "--evaluate", *amp, cwd=tmp_path)[0])[0]
+        for amp in ([], ["--amp"])
+    ]
+    assert results[0] == pytest.approx(results[1], abs=10)  # of 30 images three may fall to the other side
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
 def test_dummy_needs_no_data(script, tmp_path):
     command = [sys.executable, str(ROOT / script), "--dummy", *FAST, "-p", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
@@ -134,6 +152,5 @@ def test_both_datasets_learn(sample, tmp_path):
             args += ["-b", 32, "--lr", 0.02, "--image-size", 48, "-j", 2, "--epochs", 2]
             stdout, _ = run("main-wds.py", *args, cwd=tmp_path)
             acc1[dataset, seed] = summary(stdout)[-1][0]
-    print(acc1)
-    assert min(acc1.values()) > 25, acc1
-    assert abs(acc1["orig", 1] + acc1["orig", 2] - acc1["wds", 1] - acc1["wds", 2]) / 2 < 20, acc1
+    mean = {dataset: (acc1[dataset, 1] + acc1[dataset, 2]) / 2 for dataset in ("orig", "wds")}  # a run swings by 20
+    assert min(mean.values()) > 25 and abs(mean["orig"] - mean["wds"]) < 20, acc1
