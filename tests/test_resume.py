@@ -349,7 +349,7 @@ def test_killed_while_it_writes(start, tmp_path):
             unfinished += 1
             path.unlink()
     print(f"{len(epochs)} different checkpoints, {unfinished} times one was being written")
-    assert len(epochs) > 60 and unfinished > 20
+    assert len(epochs) > 30 and unfinished > 15
 
 
 @pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
@@ -653,7 +653,7 @@ def test_nothing_is_left(dataset, number, group, start, folders, shards, tmp_pat
     """Neither a process nor shared memory, of two ranks with two workers each: finish() looks for them."""
     args = ["--dataset", dataset, "--data", folders, "--shards", shards, *WDS, "-b", 16, "-j", 4]
     run = start(*args, "--epochs", 1 if not number else 90, *ddp()).until("^Epoch", count=2)
-    assert len(run.alive()) >= 3 + 2 * 2
+    assert len(run.alive()) >= (3 if dataset == "orig" else 3 + 2 * 2)  # from folders they last an epoch
     if number:
         run.kill(number, group)
     run.finish(status=128 + number if number else 0, lines=1 if number else 0)
