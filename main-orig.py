@@ -140,12 +140,13 @@ def start(args):
         first_rank, args.world_size = max(args.rank, 0) * processes, max(args.world_size, 1) * processes
         context = mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes, join=False)
 
-        def end(number, _):  # schedulers send SIGTERM to this process alone
+        def end(number, _):  # the signal may have come to this process alone
             signal.signal(number, signal.SIG_IGN)
             for process in context.processes:
                 process.terminate()
             sys.exit(128 + number)  # once they have ended
 
+        signal.signal(signal.SIGINT, end)
         signal.signal(signal.SIGTERM, end)
         while not context.join():
             pass

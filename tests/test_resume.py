@@ -296,10 +296,13 @@ def lines(folder, rank=0):
     return [list(map(int, line.split())) for line in (folder / f"seen{rank}").read_text().splitlines()]
 
 
-def stopped(run, number, ranks=1):
-    """(epoch, step) at which it stopped, which must be what its one line, its checkpoint and its batches say."""
+def stopped(run, number, alone=False):
+    """(epoch, step) at which it stopped, which must be what its one line, its checkpoint and its batches say.
+
+    The process that has started the ranks passes a SIGINT that it alone has got on to them as SIGTERM.
+    """
     _, (line,) = run.finish(status=128 + number, lines=1)
-    name = signal.Signals(number).name
+    name = "SIGTERM" if alone else signal.Signals(number).name
     form = rf"main-wds\.py: stopped by {name}; --resume checkpoint\.pth\.tar goes on after step (\d+) of epoch (\d+)"
     step, epoch = map(int, re.fullmatch(form, line).groups())
     state = checkpoint(run.cwd)
@@ -423,7 +426,7 @@ def interrupted(start, args, plan, cwd):
     for steps, number, group in plan:
         run = start(*args, *resume, *(ddp() if group is not None else []), cwd=cwd, note=True)
         run.until("^Epoch", count=steps).kill(number, group=bool(group))
-        stops.append(stopped(run, number))
+        stops.append(stopped(run, number, alone=group is False))
         resume = RESUME
     before = sum(map(len, lines(cwd))), (cwd / "decoded").stat().st_size
     start(*args, *resume, *(ddp() if group is not None else []), cwd=cwd, note=True).finish()
