@@ -692,7 +692,7 @@ def leave_signals(_):
 
 
 def end_workers():
-    """At the main process's end: end the loading processes, which heed no less."""
+    """At the main process's end: end the loading processes, which ignore SIGTERM."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the DataLoader would call it an error
     for process in mp.active_children():
         process.kill()

@@ -1,0 +1,94 @@
+"""The way of the batches to the device, as far as that shows without a GPU: their order, and what waits for what."""
+
+import argparse
+import contextlib
+
+import pytest
+import torch
+from conftest import load
+
+main_wds = load("main-wds.py")
+BATCHES = 5
+
+
+@pytest.fixture
+def args():
+    values = {"device": torch.device("cpu"), "memory_format": torch.contiguous_format, "amp": False}
+    return argparse.Namespace(**values, print_freq=100, rank=0, distributed=False)
+
+
+def batches():
+    """uint8 batches (2, 4, 4, 3) as workers hand them over: all pixels of number i are i, and so are its classes."""
+    images = torch.arange(BATCHES, dtype=torch.uint8)[:, None, None, None, None].expand(BATCHES, 2, 4, 4, 3)
+    return list(zip(images, torch.arange(BATCHES)[:, None].expand(BATCHES, 2), strict=True))
+
+
+def loader(args):
+    return main_wds.DeviceLoader(torch.utils.data.DataLoader(batches(), batch_size=None), args)
+
+
+def test_a_gpu_gets_batches_one_ahead(args, monkeypatch):
+    """With streams that note what is asked of them: the same batches, each once the next one's copy has begun."""
+    log = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    def bring(batch):
+        log.append(f"bring {int(batch[1][0])}")
+        return normalise(batch)
+
+    plain, ahead, main_stream = list(loader(args)), loader(args), Stream("training")
+    normalise, ahead.bring, ahead.stream = ahead.bring, bring, Stream("copy")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main_stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
+    found = []
+    for images, target in ahead:
+        log.append(f"train {int(target[0])}")
+        found.append((images, target))
+    kept = ["training waits for copy", "kept for training", "kept for training"]
+    expected = ["copy waits for training", "bring 0", *kept]
+    for i in range(1, BATCHES):
+        expected += [f"bring {i}", f"train {i - 1}", *kept]
+    assert log == [*expected, f"train {BATCHES - 1}"]
+    for (images, target), (plain_images, plain_target) in zip(found, plain, strict=True):
+        assert torch.equal(images, plain_images) and torch.equal(target, plain_target)
+
+
+def test_bytes_become_what_the_original_normalises(args):
+    for i, (images, target) in enumerate(loader(args)):
+        expected = (i / 255 - torch.tensor(main_wds.MEAN)) / torch.tensor(main_wds.STD)
+        assert images.shape == (2, 3, 4, 4) and images.dtype == torch.float32 and images.is_contiguous()
+        assert torch.allclose(images[1, :, 2, 3], expected, atol=1e-6) and target.tolist() == [i, i]
+    args.memory_format = torch.channels_last
+    assert next(iter(loader(args)))[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_a_step_reads_nothing_from_the_device(script, args, monkeypatch, capsys):
+    """Loss and accuracy are read when they are printed, here at the first of the steps alone."""
+    module, reads = load(script), []
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10))
+    optimizer, criterion = torch.optim.SGD(net.parameters(), 0.1), torch.nn.CrossEntropyLoss()
+    given = [(torch.rand(2, 3, 4, 4), torch.tensor([1, 2])) for _ in range(BATCHES)]
+    for name in ("item", "__float__", "__int__", "__bool__", "tolist", "cpu", "numpy"):
+        plain = getattr(torch.Tensor, name)
+        note = lambda tensor, *rest, plain=plain: (reads.append(len(reads)), plain(tensor, *rest))[1]  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, note)
+
+    def steps():
+        for batch in given:
+            counts.append(len(reads))
+            yield batch
+        counts.append(len(reads))
+
+    counts = []
+    train_loader = type("Loader", (), {"__len__": lambda self: BATCHES, "__iter__": lambda self: steps()})()
+    module.train(train_loader, net, criterion, optimizer, 0, args)
+    assert counts[1] > counts[0] and counts[1:] == [counts[1]] * BATCHES
+    assert capsys.readouterr().out.count("Epoch: [0]") == 1
