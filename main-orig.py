@@ -53,7 +53,7 @@ def parse_args():
     add("-a", "--arch", default="resnet18", help="network, any single-output classifier of torchvision (%(default)s)")
     add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
     add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
-    add("--start-epoch", type=number, metavar="N", help="number of the first epoch (0)")
+    add("--start-epoch", type=number, metavar="N", help="number of the first epoch (0, or as --resume says)")
     add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
     add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
     add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
@@ -211,6 +211,8 @@ def run(args):
     if args.distributed:
         model = DistributedDataParallel(net, device_ids=None if args.device.type == "cpu" else [args.device])
     elif args.device.type == "cuda" and args.gpu is None and "RANK" not in os.environ and torch.cuda.device_count() > 1:
+        if args.amp:  # its threads would take float16 for bfloat16
+            fail("--amp: it takes a process for each GPU; add --multiprocessing-distributed, or --gpu 0 to use one")
         net = model = DataParallel(net)
     criterion = nn.CrossEntropyLoss().to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
@@ -447,7 +449,7 @@ def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best=F
 
 
 def load_checkpoint(args, net, optimizer, scheduler):
-    """What --resume holds, ours or pytorch/examples', after filling all three from it."""
+    """Fill all three from --resume, ours or pytorch/examples', and return what else it holds."""
     net = net.module if isinstance(net, DataParallel) else net
     try:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
@@ -466,7 +468,7 @@ def load_checkpoint(args, net, optimizer, scheduler):
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
     say(args, f"=> loaded checkpoint '{args.resume}' (epoch {state['epoch']})")
-    return state
+    return {name: state[name] for name in ("epoch", "best_acc1", "position") if name in state}
 
 
 # ---------------------------------------------------------------------------- meters

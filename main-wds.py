@@ -45,6 +45,7 @@ import http.client
 import itertools
 import json
 import tarfile
+import threading
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,7 @@ def parse_args():
     add("-a", "--arch", default="resnet18", help="network, any single-output classifier of torchvision (%(default)s)")
     add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
     add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
-    add("--start-epoch", type=number, metavar="N", help="number of the first epoch (0)")
+    add("--start-epoch", type=number, metavar="N", help="number of the first epoch (0, or as --resume says)")
     add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
     add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
     add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
@@ -241,6 +242,8 @@ def run(args):
     if args.distributed:
         model = DistributedDataParallel(net, device_ids=None if args.device.type == "cpu" else [args.device])
     elif args.device.type == "cuda" and args.gpu is None and "RANK" not in os.environ and torch.cuda.device_count() > 1:
+        if args.amp:  # its threads would take float16 for bfloat16
+            fail("--amp: it takes a process for each GPU; add --multiprocessing-distributed, or --gpu 0 to use one")
         net = model = DataParallel(net)
     criterion = nn.CrossEntropyLoss().to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
@@ -489,7 +492,7 @@ def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best=F
 
 
 def load_checkpoint(args, net, optimizer, scheduler):
-    """What --resume holds, ours or pytorch/examples', after filling all three from it."""
+    """Fill all three from --resume, ours or pytorch/examples', and return what else it holds."""
     net = net.module if isinstance(net, DataParallel) else net
     try:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
@@ -508,7 +511,7 @@ def load_checkpoint(args, net, optimizer, scheduler):
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
     say(args, f"=> loaded checkpoint '{args.resume}' (epoch {state['epoch']})")
-    return state
+    return {name: state[name] for name in ("epoch", "best_acc1", "position") if name in state}
 
 
 # ---------------------------------------------------------------------------- meters
@@ -610,7 +613,7 @@ class DeviceLoader:
 
 
 class TrainLoader(DeviceLoader):
-    """The training loop's, which SIGTERM and SIGINT end between two batches, on all ranks between the same two.
+    """The training loop's batches. SIGTERM and SIGINT end them between two, on all ranks between the same two.
 
     From shards it goes on there when the checkpoint is resumed that save(epoch=, position=) has written: at a signal,
     each --checkpoint-steps, and at the end of an epoch, so that validation may be interrupted at any moment.
@@ -618,8 +621,8 @@ class TrainLoader(DeviceLoader):
 
     def __init__(self, loader, args, state, save):
         super().__init__(loader, args)
-        self.args, self.save, self.signal, self.doing = args, save, 0, "something else"
-        self.exact, self.left = isinstance(self.sampler, Shards), "--resume goes on after the last whole epoch"
+        self.args, self.save, self.caught, self.doing, self.pid = args, save, 0, "outside", os.getpid()
+        self.exact, self.way_on = isinstance(self.sampler, Shards), "--resume goes on after the last whole epoch"
         self.group = dist.new_group(backend="gloo") if args.distributed else None  # NCCL has none for the CPU
         if self.exact and "position" in state and args.start_epoch is None:
             self.sampler.resume(args, state["epoch"], state["position"])
@@ -628,21 +631,23 @@ class TrainLoader(DeviceLoader):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.signal = self.signal or number
+        if os.getpid() != self.pid:  # a loading process that has just been forked
+            return
+        self.caught = self.caught or number
         if self.doing == "fetching":  # which may take long: where data comes slowly, or not at all
             self.doing = "a step"
             raise KeyboardInterrupt
         while frame and frame.f_code is not save_checkpoint.__code__:  # which goes on to its end
             frame = frame.f_back
-        if self.doing == "something else" and not frame:  # validation, say
-            self.stop(self.signal)
+        if self.doing == "outside" and not frame:  # in validation, say
+            self.stop(self.caught)
 
     def stop(self, number):
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
         if self.args.rank == 0:
             script, name = os.path.basename(sys.argv[0]), signal.Signals(number).name
-            sys.stderr.write(f"{script}: stopped by {name}; {self.left}\n")
+            sys.stderr.write(f"{script}: stopped by {name}; {self.way_on}\n")
         sys.exit(128 + number)
 
     def __iter__(self):
@@ -650,10 +655,11 @@ class TrainLoader(DeviceLoader):
         while True:
             try:
                 self.doing, batch = "fetching", None
-                batch = next(batches, None)
+                batch = None if self.caught else next(batches, None)
                 self.doing = "a step"
             except BaseException:
-                if not self.signal:
+                self.doing = "a step"
+                if not self.caught:
                     raise
             number = self.agree_on_signal()
             if number or batch is None:
@@ -667,13 +673,14 @@ class TrainLoader(DeviceLoader):
         self.save_position(epoch, step)
         if number and self.group:
             dist.barrier(self.group)  # until the checkpoint is there
-        self.doing = "something else"
-        if number or self.signal:
-            self.stop(number or self.signal)
+            dist.destroy_process_group()
+        self.doing = "outside"
+        if number or self.caught:
+            self.stop(number or self.caught)
 
     def agree_on_signal(self):
         """The signal that some rank has got, or 0. The ranks of a node need 0.1 ms a step for it."""
-        self.doing, number = "a step", torch.tensor(self.signal)
+        number = torch.tensor(self.caught)
         if self.group:
             dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
         return int(number)
@@ -681,7 +688,7 @@ class TrainLoader(DeviceLoader):
     def save_position(self, epoch, step):
         if self.exact:
             self.save(epoch=epoch, position={"step": step, **self.sampler.order()})
-            self.left = f"--resume checkpoint.pth.tar goes on after step {step} of epoch {epoch}"
+            self.way_on = f"--resume checkpoint.pth.tar goes on after step {step} of epoch {epoch}"
 
 
 def leave_signals(_):
@@ -694,6 +701,7 @@ def leave_signals(_):
 def end_workers():
     """At the main process's end: end the loading processes, which ignore SIGTERM."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the DataLoader would call it an error
+    threading.excepthook = lambda _: None  # as would the thread that pins memory
     for process in mp.active_children():
         process.kill()
 
@@ -734,6 +742,7 @@ class Shards(IterableDataset):
 
     def __init__(self, args, split):
         self.urls, self.lengths, self.seed = find_shards(args, split)
+        self.shards = [[os.path.basename(url), length] for url, length in zip(self.urls, self.lengths, strict=True)]
         self.rank, self.world_size, self.batch_size = args.rank, args.world_size, args.batch_size
         self.workers, self.shuffle, self.transform = args.workers, args.shuffle, make_transform(args, split)
         # the epoch, -1 for validation, and its first batch; shared, so that the workers see what the training loop sets
@@ -754,7 +763,7 @@ class Shards(IterableDataset):
 
     def order(self):
         """What decides on the order of the batches, besides the epoch."""
-        names = ("lengths", "seed", "shuffle", "world_size", "workers", "batch_size")  # the last two are of a rank
+        names = ("shards", "seed", "shuffle", "world_size", "workers", "batch_size")  # the last two are of a rank
         return {name: getattr(self, name) for name in names}
 
     def pieces(self, worker, num_workers):
@@ -769,6 +778,8 @@ class Shards(IterableDataset):
         return math.ceil(self.num_samples() / self.batch_size)
 
     def __iter__(self):
+        if not len(self):  # resumed after the epoch's last batch
+            return iter(())
         info = get_worker_info()
         number, num_workers = (info.id, info.num_workers) if info else (0, 1)
         epoch, step = self.start.tolist()
@@ -787,9 +798,10 @@ class Shards(IterableDataset):
         name = f"{sample['__url__']}: sample {sample['__key__']}".replace("\n", " ")
         if not {"image", "cls"} <= sample.keys():
             raise DataError(f"{name} holds no {'cls' if 'image' in sample else 'image'} file")
-        if not sample["cls"].strip().isdigit() or int(sample["cls"]) >= NUM_CLASSES:
+        label = sample["cls"].strip()
+        if not label.isdigit() or len(label) > 9 or int(label) >= NUM_CLASSES:
             raise DataError(f"{name}: its class {sample['cls'][:20]!r} is not one from 0 to {NUM_CLASSES - 1}")
-        return self.transform((name, sample["image"])), int(sample["cls"])
+        return self.transform((name, sample["image"])), int(label)
 
     def batches(self, samples, seeds):
         """(images, target) of each --batch-size samples, decoded: the last of the pipeline's stages.

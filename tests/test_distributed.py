@@ -79,7 +79,7 @@ def test_two_processes_train_what_one_does(small, tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        args = ["-a", "vit_b_32", "-j", 2, "-b", 30, "--lr", 0.01, "--epochs", 2, "--seed", 1]
+        args = ["-a", "vit_b_32", "-j", 2, "-b", 30, "--lr", 0.01, "--epochs", 1, "--seed", 1]
         args += [
             "--augmentation",
             "simple",

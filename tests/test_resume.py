@@ -542,9 +542,9 @@ OTHER = {
     "ranks": (["-b", 8, "-j", 4], "world_size 1, not 2"),
     "shuffle": (["--shuffle", 7], "shuffle 1000, not 7"),
     "seed": (["--seed", 2], "seed 1, not 2"),
-    "fewer shards": ([], "lengths"),
-    "samples": ([], "lengths"),
-    "lengths": ([], "lengths"),  # as many shards and samples, but divided in another way
+    "fewer shards": ([], "with shards [["),
+    "samples": ([], "with shards [["),
+    "lengths": ([], "with shards [["),  # as many shards and samples, but divided in another way
 }
 LENGTHS = {"fewer shards": [30, 29, 19], "samples": [30, 1, 29, 17], "lengths": [29, 2, 29, 18]}
 
