@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,6 +20,12 @@ main_wds = load("main-wds.py")
 DataError = main_wds.DataError
 TRAIN, VAL = [13, 1, 0, 17, 16], [4, 0, 7]  # 47 and 11 samples: primes; fewer shards than 3 ranks x 3 workers
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Before a stream is read again; test_faults.py has the real ones."""
+    monkeypatch.setattr(main_wds, "PAUSES", (0,))
 
 
 def tar(members, form=tarfile.USTAR_FORMAT):
@@ -146,8 +151,6 @@ def read(url, first, last, length):
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """The URL of tmp_path, while a server on this machine gives its files out."""
-    if not shutil.which("curl"):
-        pytest.skip("webdataset opens http: with curl")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", tmp_path]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
