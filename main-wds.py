@@ -44,6 +44,7 @@ import glob
 import http.client
 import itertools
 import json
+import select
 import tarfile
 import threading
 import urllib.request
@@ -557,7 +558,7 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS or sys.maxsize  # 89 million; what is larger
 PREFETCH = 2  # batches that a worker makes ahead: the DataLoader's prefetch_factor, on which Shards.batches relies
 IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample; its class ends in cls
 PAUSES = (1, 2, 4, 8, 16)  # seconds before a remote file is read once more
-PATIENCE = 60  # seconds for which an http server may be silent
+PATIENCE = 60  # seconds for which a server or a command may be silent
 # what a tar that lies or a server that stumbles may lead to
 BROKEN = (OSError, ValueError, LookupError, MemoryError, OverflowError, RecursionError)
 BROKEN += (tarfile.TarError, http.client.HTTPException)
@@ -1147,15 +1148,29 @@ def checked(member):
 
 
 def open_stream(url):
-    """A local file, an http(s) server's, which may not be silent for long, or what webdataset opens: gs:, pipe:, ..."""
+    """A local file, an http(s) server's, or what webdataset opens with a command: gs:, pipe: and the like.
+
+    What is silent for PATIENCE seconds raises TimeoutError.
+    """
     if url.startswith(("http:", "https:")):
         return urllib.request.urlopen(url, timeout=PATIENCE)
     if is_local(url):
         return open(url, "rb")
     try:
-        return wds.gopen(url)
+        stream = wds.gopen(url, bufsize=0)  # what lies in a buffer, select() would not see
     except ValueError as error:  # it knows of no such URLs, or is told to refuse them
         fail(f"{url}: {first_line(error)}")
+    if hasattr(stream, "proc"):
+        stream.read = functools.partial(read_patiently, stream, stream.read)
+    return stream
+
+
+def read_patiently(pipe, read, *size):
+    if not select.select([pipe.stream], [], [], PATIENCE)[0]:
+        pipe.proc.kill()  # or closing it would wait for its end
+        set_options(pipe, ignore_errors=True)
+        raise TimeoutError(f"silent for {PATIENCE} s")
+    return read(*size)
 
 
 if __name__ == "__main__":

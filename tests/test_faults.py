@@ -160,6 +160,20 @@ def test_a_command_that_fails_the_first_time(numbered, tmp_path):
     assert processes(f"{tmp_path}/") == []
 
 
+def test_a_command_that_falls_silent(tmp_path, monkeypatch, capfd):
+    """It is given up and run again; what it had given does not come twice."""
+    monkeypatch.setattr(main_wds, "PATIENCE", 1)
+    monkeypatch.setattr(main_wds, "PAUSES", (0,))
+    shard, once = tmp_path / "a.tar", tmp_path / "once"
+    shard.write_bytes(tar(samples(range(9), b"%d" * 3000)))
+    url = f"pipe:if mkdir {once} 2>&-; then head -c 30000 {shard}; exec sleep 30; fi; exec cat {shard}"
+    found = [sample["__key__"] for sample in main_wds.read_shard(url, 2, 9, 9)]
+    assert found == [f"{n:04d}" for n in range(2, 9)]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.search(r"broken after [1-8] of its 9 samples \(silent for 1 s\); reading it again", line)
+    assert processes(f"{tmp_path}") == []
+
+
 # ---------------------------------------------------------------------------- the network that comes of it
 
 
