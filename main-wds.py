@@ -606,6 +606,7 @@ class DeviceLoader:
             yield ready
 
     def bring(self, batch):
+        """(images, target) on the device: float32 (B, 3, H, W), normalised; int64 (B)."""
         images, target = (tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in batch)
         if images.dtype == torch.uint8:  # (B, H, W, 3), one byte a channel up to here
             images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
@@ -743,7 +744,6 @@ class Shards(IterableDataset):
 
     def __init__(self, args, split):
         self.urls, self.lengths, self.seed = find_shards(args, split)
-        self.shards = [[os.path.basename(url), length] for url, length in zip(self.urls, self.lengths, strict=True)]
         self.rank, self.world_size, self.batch_size = args.rank, args.world_size, args.batch_size
         self.workers, self.shuffle, self.transform = args.workers, args.shuffle, make_transform(args, split)
         # the epoch, -1 for validation, and its first batch; shared, so that the workers see what the training loop sets
@@ -764,8 +764,9 @@ class Shards(IterableDataset):
 
     def order(self):
         """What decides on the order of the batches, besides the epoch."""
-        names = ("shards", "seed", "shuffle", "world_size", "workers", "batch_size")  # the last two are of a rank
-        return {name: getattr(self, name) for name in names}
+        shards = [[os.path.basename(url), length] for url, length in zip(self.urls, self.lengths, strict=True)]
+        names = ("seed", "shuffle", "world_size", "workers", "batch_size")  # the last two are of a rank
+        return {"shards": shards, **{name: getattr(self, name) for name in names}}
 
     def pieces(self, worker, num_workers):
         epoch = None if self.start[0] < 0 else int(self.start[0])
@@ -1142,6 +1143,7 @@ class Header(tarfile.TarInfo):
 
 
 def checked(member):
+    """The member, if its size can be true. (Asked again once a PAX header may have given it another.)"""
     if not 0 <= member.size < 1 << 30:  # a lie, which tarfile would follow without end
         raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
     return member
@@ -1166,6 +1168,7 @@ def open_stream(url):
 
 
 def read_patiently(pipe, read, *size):
+    """What read(*size) gives of the command's output; TimeoutError if nothing comes in PATIENCE seconds."""
     if not select.select([pipe.stream], [], [], PATIENCE)[0]:
         pipe.proc.kill()  # or closing it would wait for its end
         set_options(pipe, ignore_errors=True)
