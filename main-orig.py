@@ -46,32 +46,40 @@ ARCHS = [name for name in models.list_models(module=models) if name not in ("goo
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Train a torchvision classifier on ImageNet.")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [OPTION ...]",
+        description="Train a torchvision classifier on ImageNet. The default of each option stands in brackets.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=33),
+    )
     parser.error = fail
-    add, count, number = parser.add_argument, at_least(1), at_least(0)
-    add("data", metavar="DIR", nargs="?", default="imagenet", help="folder that holds train/ and val/ (%(default)s)")
-    add("-a", "--arch", default="resnet18", help="network, any single-output classifier of torchvision (%(default)s)")
+    count, number = at_least(1), at_least(0)
+    add = parser.add_argument_group("data").add_argument
     add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
+    add("--dummy", action="store_true", help="noise of ImageNet's size, without files (off)")
+    add("data", metavar="DIR", nargs="?", default="imagenet", help="holds train/ and val/ (%(default)s)")
+    add = parser.add_argument_group("training").add_argument
+    add("-a", "--arch", default="resnet18", help="a classifier of torchvision (%(default)s)")
+    add("--pretrained", action="store_true", help="begin with torchvision's weights (off)")
     add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
-    add("--start-epoch", type=number, metavar="N", help="number of the first epoch (0, or as --resume says)")
+    add("--start-epoch", type=number, metavar="N", help="first epoch (0, or as --resume says)")
     add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
     add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
     add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
     add("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", metavar="W", help="(%(default)s)")
+    add("--seed", type=number, metavar="N", help="make the run repeatable, but slower (off)")
+    add("--amp", action="store_true", help="bfloat16 and channels last (off)")
+    add = parser.add_argument_group("checkpoints and output").add_argument
+    add("--resume", metavar="PATH", help="go on from this checkpoint (none)")
+    add("-e", "--evaluate", action="store_true", help="validate once and stop (off)")
     add("-p", "--print-freq", type=count, default=10, metavar="N", help="steps between two lines (%(default)s)")
-    add("--resume", metavar="PATH", help="go on from this checkpoint")
-    add("-e", "--evaluate", action="store_true", help="validate once and stop")
-    add("--pretrained", action="store_true", help="begin with torchvision's trained weights")
+    add = parser.add_argument_group("devices and processes").add_argument
+    add("--gpu", type=number, metavar="N", help="use this GPU alone (all there are)")
+    add("--no-accel", action="store_true", help="use the CPU even where there is a GPU (off)")
+    add("--multiprocessing-distributed", action="store_true", help="a process for each GPU of this node (off)")
     add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (one)")
-    add("--rank", type=int, default=-1, metavar="N", help="this node's number, from 0")
-    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where the nodes meet (%(default)s)")
-    add("--dist-backend", default="nccl", metavar="NAME", help="%(default)s; without CUDA it becomes gloo")
-    add("--seed", type=number, metavar="N", help="make the run repeatable, at some cost in speed")
-    add("--gpu", type=number, metavar="N", help="use this GPU alone")
-    add("--no-accel", action="store_true", help="use the CPU even where there is a GPU")
-    add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
-    add("--amp", action="store_true", help="compute in bfloat16 where that is safe, with channels last (off)")
-    add("--dummy", action="store_true", help="train on noise of ImageNet's size, without any files")
+    add("--rank", type=int, default=-1, metavar="N", help="this node's number, from 0 (none)")
+    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="meeting point (%(default)s)")
+    add("--dist-backend", default="nccl", metavar="NAME", help="without CUDA it becomes gloo (%(default)s)")
     args = parser.parse_args()
     args.memory_format = torch.channels_last if args.amp else torch.contiguous_format
     if args.arch not in ARCHS:
@@ -118,11 +126,11 @@ def main():
         if error.exit_code < 0:  # else it has said why
             sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}, and so the others of this node were ended\n")
         sys.exit(max(error.exit_code, 1))
-    except (DataError, mp.ProcessRaisedException) as error:
-        if not isinstance(error, DataError) and "DataError: " not in str(error):
+    except Exception as error:
+        _, known, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
+        if not known:
             raise
-        message = str(error).rpartition("DataError: ")[2].strip()  # behind the traceback of the process it is from
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message.strip()}\n")  # less another process's traceback
         sys.exit(2)
 
 

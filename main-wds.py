@@ -40,22 +40,16 @@ from torchvision.transforms import v2
 # isort: split
 # and for the shards:
 import functools
-import glob
-import http.client
 import itertools
-import json
-import select
-import tarfile
 import threading
-import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.util import Finalize
 
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.gopen import set_options
-from webdataset.shardlists import expand_urls
+
+import makeshards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, red, green, blue, in 0..1
 TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, which --dummy imitates
@@ -67,43 +61,52 @@ ARCHS = [name for name in models.list_models(module=models) if name not in ("goo
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Train a torchvision classifier on ImageNet.")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [OPTION ...]",
+        description="Train a torchvision classifier on ImageNet. The default of each option stands in brackets.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=33),
+    )
     parser.error = fail
-    add, count, number = parser.add_argument, at_least(1), at_least(0)
-    add("--dataset", "--loader", choices=LOADERS, default="wds", help="read shards or folders (%(default)s)")
-    add("--data", metavar="DIR", default="./data", help="orig: folder that holds train/ and val/ (%(default)s)")
-    add("--shards", metavar="DIR", default="./shards", help="wds: folder or URL that holds _info.json (%(default)s)")
-    add("--trainshards", metavar="URLS", help="wds: brace pattern, glob or URL, in place of --shards")
-    add("--valshards", metavar="URLS", help="wds: likewise for validation")
-    add("--trainsize", type=count, metavar="N", help="wds: samples in --trainshards, if remote and without an index")
-    add("--valsize", type=count, metavar="N", help="wds: likewise for validation")
-    add("--checkpoint-steps", type=count, metavar="N", help="wds: write a checkpoint each N steps, too (off)")
-    add("--shuffle", type=number, default=1000, metavar="N", help="wds: samples in a worker's buffer (%(default)s)")
-    add("--augmentation", choices=["full", "simple"], default="full", help="simple: as in validation (%(default)s)")
-    add("--decode", choices=["tensor", "pil"], default="tensor", help="torchvision's decoder or Pillow (%(default)s)")
-    add("--image-size", type=count, default=224, metavar="N", help="pixels a side (%(default)s)")
-    add("-a", "--arch", default="resnet18", help="network, any single-output classifier of torchvision (%(default)s)")
+    count, number = at_least(1), at_least(0)
+    add = parser.add_argument_group("data").add_argument
     add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
+    add("--dummy", action="store_true", help="noise of ImageNet's size, without files (off)")
+    add("--dataset", "--loader", choices=LOADERS, default="wds", metavar="NAME", help="wds or orig (%(default)s)")
+    add("--data", metavar="DIR", default="./data", help="orig: holds train/ and val/ (%(default)s)")
+    add("--decode", choices=["tensor", "pil"], default="tensor", help="torchvision's or Pillow's (%(default)s)")
+    add("--augmentation", choices=["full", "simple"], default="full", help="simple: as in validation (%(default)s)")
+    add("--image-size", type=count, default=224, metavar="N", help="pixels a side (%(default)s)")
+    add = parser.add_argument_group("data from shards").add_argument
+    add("--shards", metavar="DIR", default="./shards", help="folder or URL with _info.json (%(default)s)")
+    add("--trainshards", metavar="URLS", help="instead: brace pattern, glob or URL (none)")
+    add("--valshards", metavar="URLS", help="the same for validation (none)")
+    add("--trainsize", type=count, metavar="N", help="samples, if remote without index (none)")
+    add("--valsize", type=count, metavar="N", help="the same for validation (none)")
+    add("--shuffle", type=number, default=1000, metavar="N", help="samples in a worker's buffer (%(default)s)")
+    add("--checkpoint-steps", type=count, metavar="N", help="a checkpoint each N steps, too (off)")
+    add = parser.add_argument_group("training").add_argument
+    add("-a", "--arch", default="resnet18", help="a classifier of torchvision (%(default)s)")
+    add("--pretrained", action="store_true", help="begin with torchvision's weights (off)")
     add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
-    add("--start-epoch", type=number, metavar="N", help="number of the first epoch (0, or as --resume says)")
+    add("--start-epoch", type=number, metavar="N", help="first epoch (0, or as --resume says)")
     add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
     add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
     add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
     add("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", metavar="W", help="(%(default)s)")
+    add("--seed", type=number, metavar="N", help="make the run repeatable, but slower (off)")
+    add("--amp", action="store_true", help="bfloat16 and channels last (off)")
+    add = parser.add_argument_group("checkpoints and output").add_argument
+    add("--resume", metavar="PATH", help="go on from this checkpoint (none)")
+    add("-e", "--evaluate", action="store_true", help="validate once and stop (off)")
     add("-p", "--print-freq", type=count, default=10, metavar="N", help="steps between two lines (%(default)s)")
-    add("--resume", metavar="PATH", help="go on from this checkpoint")
-    add("-e", "--evaluate", action="store_true", help="validate once and stop")
-    add("--pretrained", action="store_true", help="begin with torchvision's trained weights")
+    add = parser.add_argument_group("devices and processes").add_argument
+    add("--gpu", type=number, metavar="N", help="use this GPU alone (all there are)")
+    add("--no-accel", action="store_true", help="use the CPU even where there is a GPU (off)")
+    add("--multiprocessing-distributed", action="store_true", help="a process for each GPU of this node (off)")
     add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (one)")
-    add("--rank", type=int, default=-1, metavar="N", help="this node's number, from 0")
-    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where the nodes meet (%(default)s)")
-    add("--dist-backend", default="nccl", metavar="NAME", help="%(default)s; without CUDA it becomes gloo")
-    add("--seed", type=number, metavar="N", help="make the run repeatable, at some cost in speed")
-    add("--gpu", type=number, metavar="N", help="use this GPU alone")
-    add("--no-accel", action="store_true", help="use the CPU even where there is a GPU")
-    add("--multiprocessing-distributed", action="store_true", help="start a process for each GPU of this node")
-    add("--amp", action="store_true", help="compute in bfloat16 where that is safe, with channels last (off)")
-    add("--dummy", action="store_true", help="train on noise of ImageNet's size, without any files")
+    add("--rank", type=int, default=-1, metavar="N", help="this node's number, from 0 (none)")
+    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="meeting point (%(default)s)")
+    add("--dist-backend", default="nccl", metavar="NAME", help="without CUDA it becomes gloo (%(default)s)")
     args = parser.parse_args()
     args.memory_format = torch.channels_last if args.amp else torch.contiguous_format
     if args.arch not in ARCHS:
@@ -150,11 +153,11 @@ def main():
         if error.exit_code < 0:  # else it has said why
             sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}, and so the others of this node were ended\n")
         sys.exit(max(error.exit_code, 1))
-    except (DataError, mp.ProcessRaisedException) as error:
-        if not isinstance(error, DataError) and "DataError: " not in str(error):
+    except Exception as error:
+        _, known, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
+        if not known:
             raise
-        message = str(error).rpartition("DataError: ")[2].strip()  # behind the traceback of the process it is from
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message.strip()}\n")  # less another process's traceback
         sys.exit(2)
 
 
@@ -553,15 +556,8 @@ def add_up(meters, device):
 # ============================================================================ the shards
 # From here on main-wds.py only adds to main-orig.py: how shards are found, divided, read and made into batches.
 
-INDEX = "_info.json"  # beside the shards, as makeshards.py, timm and the hub's ImageNet shards have it
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or sys.maxsize  # 89 million; what is larger Pillow refuses, or warns of
 PREFETCH = 2  # batches that a worker makes ahead: the DataLoader's prefetch_factor, on which Shards.batches relies
-IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample; its class ends in cls
-PAUSES = (1, 2, 4, 8, 16)  # seconds before a remote file is read once more
-PATIENCE = 60  # seconds for which a server or a command may be silent
-# what a tar that lies or a server that stumbles may lead to
-BROKEN = (OSError, ValueError, LookupError, MemoryError, OverflowError, RecursionError)
-BROKEN += (tarfile.TarError, http.client.HTTPException)
 
 
 class DeviceLoader:
@@ -929,251 +925,27 @@ def plan(lengths, epoch, seed, rank, world_size, worker, num_workers, batch_size
     return pieces
 
 
-# ---------------------------------------------------------------------------- finding the shards
-
-
-def find_shards(args, split):
-    """(urls, samples in each, seed), found or drawn by rank 0 and the same on all ranks."""
-    found = [None]
-    try:
-        if args.rank == 0:
-            seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
-            found = [(*list_shards(args, split), seed)]
-    except DataError as error:  # for all ranks: they wait for what comes
-        found = [error]
-    if args.distributed:
-        dist.broadcast_object_list(found, device=args.device)
-    if isinstance(found[0], DataError):
-        raise found[0]
-    return found[0]
-
-
-def list_shards(args, split):
-    """(urls, samples in each) of --trainshards or --valshards, else of the index in --shards."""
-    pattern, size = (args.trainshards, args.trainsize) if split == "train" else (args.valshards, args.valsize)
-    if pattern:
-        try:
-            urls = [name for url in expand_urls(pattern) for name in expand_glob(url)]
-        except (ValueError, AssertionError) as error:  # of unbalanced braces, of unknown variables
-            fail(f"{pattern}: {first_line(error)}")
-        known = {}
-        for folder in {url[: url.rfind("/") + 1] for url in urls if not url.startswith("pipe:")}:
-            known.update(read_index(folder) or {})
-        lengths = count_samples(urls, known, size, split)
-    else:
-        known = read_index(args.shards.rstrip("/") + "/", "train" if split == "train" else "validation")
-        if known is None:
-            fail(f"--shards {args.shards}: no {INDEX} there; write shards with makeshards.py, or give --{split}shards")
-        urls, lengths = list(known), list(known.values())
-    lost = [url for url in urls if is_local(url) and not os.path.isfile(url)]
-    if lost:
-        fail(f"{lost[0]}: no such shard, though --{split}shards or the index names it")
-    if not sum(lengths):
-        fail(f"{pattern or args.shards}: no samples in its {split} shards")
-    return urls, lengths
-
-
-def is_local(url):
-    return "://" not in url and not url.startswith(("pipe:", "file:"))
-
-
-def expand_glob(url):
-    if not is_local(url) or not glob.has_magic(url):
-        return [url]
-    return sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
-
-
-def read_index(folder, split=None):
-    """{url: samples} of the shards that the folder's index names, in one split or in all; None without an index.
-
-    A name must be that of a file below the index: it is opened, and one like pipe: would be run as a command.
-    """
-    try:
-        known = {} if split else read_json(folder + "sizes.json") or {}  # OpenCLIP's: {name: samples}
-        index = read_json(folder + INDEX)
-        splits = index["splits"] if index else {}
-        if splits and split and split not in splits:
-            fail(f"{folder}{INDEX}: it names no {split} shards; write them with makeshards.py")
-        for entry in [splits[split]] if splits and split else splits.values():
-            lengths = dict(zip(entry["filenames"], entry["shard_lengths"], strict=True))
-            if sum(lengths.values()) != entry["num_samples"]:
-                raise ValueError(f"num_samples {entry['num_samples']} is not the sum of shard_lengths")
-            known.update(lengths)
-        for name, length in known.items():
-            if name.startswith("/") or ":" in name or ".." in name.split("/") or int(length) < 0:
-                raise ValueError(f"{name!r}: {length!r}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"{folder}{INDEX}: not an index of shards with names below it ({error!r})")
-    return {folder + name: int(length) for name, length in known.items()} if known or index else None
-
-
-def read_json(url):
-    """What the file at the path or URL holds, None if it is not there."""
-    for pause in (*PAUSES, None):
-        try:
-            with open_stream(url) as stream:
-                return json.loads(stream.read() or "null")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if url.startswith("http") and getattr(error, "code", None) not in (403, 404):
-                retry(url, first_line(error), pause)
-            elif isinstance(error, ValueError):
-                raise
-            elif is_local(url) and os.path.lexists(url):
-                fail(f"{url}: {first_line(error)}")
-            else:
-                return None
-
-
-def count_samples(urls, known, size, split):
-    """Samples in each shard: known from an index, else counted where all are local, else equal parts of `size`."""
-    if all(url in known or is_local(url) for url in urls):
-        return [known[url] if url in known else count_shard(url) for url in urls]
-    if size is None:
-        fail(f"{urls[0]}: remote and without an index; give --{split}size, the number of samples in all the shards")
-    each = math.ceil(size / len(urls))
-    if size <= each * (len(urls) - 1):
-        fail(f"--{split}size {size}: too few for {len(urls)} shards of equal length, the last one being shorter")
-    return [min(each, size - i * each) for i in range(len(urls))]
-
-
-def count_shard(url):
-    """Samples in a local shard, from its headers alone."""
-    try:
-        with open(url, "rb") as stream:
-            return sum(1 for _ in tar_samples(stream, first=sys.maxsize))
-    except BROKEN as error:
-        fail(f"{url}: not a whole shard ({first_line(error)})")
-
-
-# ---------------------------------------------------------------------------- reading the shards
-
-
 def read_pieces(pieces, urls, lengths):
     """The samples of the plan: {"__url__", "__key__", "image": bytes, "cls": bytes}, none of them decoded."""
     for shard, first, last in pieces:
-        yield from read_shard(urls[shard], first, last, lengths[shard])
+        yield from makeshards.read_shard(urls[shard], first, last, lengths[shard])
 
 
-def read_shard(url, first, last, length):
-    """The samples first <= i < last of a shard of `length`; DataError if it is broken, or of another length.
-
-    A remote one that breaks off is read again, without those that were read, after growing pauses.
-    """
-    for pause in (None,) if is_local(url) else (*PAUSES, None):
-        found = 0
+def find_shards(args, split):
+    """(urls, samples in each, seed) of a split, found or drawn by rank 0 and the same on all ranks."""
+    found = [None]
+    if args.rank == 0:
+        pattern, size = (args.trainshards, args.trainsize) if split == "train" else (args.valshards, args.valsize)
+        seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
         try:
-            with open_stream(url) as stream:
-                for sample in tar_samples(stream, first):
-                    found += 1
-                    if first < found <= last:
-                        first = found
-                        set_options(stream, ignore_errors=True)  # a command in a pipe: may complain if we hang up here
-                        yield {"__url__": url, **sample}
-                    if found == last < length:
-                        return
-                    set_options(stream, ignore_errors=False)
-            if found == length:
-                return
-            what = f"{found} samples, but {length} were expected by its index or --trainsize"
-        except BROKEN as error:
-            what = f"broken after {found} of its {length} samples ({first_line(error)})"
-        retry(url, what, pause)
-
-
-def retry(url, what, pause):
-    """Wait, and say so; where there is no pause left, DataError."""
-    if pause is None:
-        fail(f"{url}: {what}")
-    sys.stderr.write(f"{url}: {what}; reading it again in {pause} s\n")
-    time.sleep(pause)
-
-
-def tar_samples(stream, first):
-    """Each sample of a tar as {"__key__", "image": bytes, "cls": bytes}; of those before number `first`, the key alone.
-
-    A sample is the files, one after the other, that share a name up to the first dot. webdataset's own reader has no
-    way to skip samples undecoded, and takes a shard that was cut off between two files for a whole one.
-    """
-    sample, number, local = {}, -1, isinstance(stream, io.BufferedReader)
-    mode = "r:" if local else "r|"  # a local one is skipped through by seeking
-    with tarfile.open(fileobj=stream, mode=mode, tarinfo=Header) as tar:
-        for member in tar:
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, ending = base.partition(".")
-            if checked(member).issparse() or not member.isreg():
-                continue
-            if not stem or not ending or stem.startswith("__"):  # hidden; and webdataset's own
-                continue
-            key, what = folder + slash + stem, "image" if ending.lower() in IMAGES else ending.lower()
-            if key != sample.get("__key__"):
-                if sample:
-                    yield sample
-                sample, number = {"__key__": key}, number + 1
-            if number >= first and what in ("image", "cls"):
-                tar.fileobj.seek(member.offset_data)  # a third faster than tar.extractfile
-                sample[what] = tar.fileobj.read(member.size)
-    if sample:
-        yield sample
-    while stream.read(1 << 16):  # the padding, so that a command in a pipe can end in peace
-        pass
-
-
-class Header(tarfile.TarInfo):
-    """A file's header in a tar. That of a plain file is read in a third of tarfile's time, 0.02 ms less a sample."""
-
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):  # the end mark
-                raise
-            raise tarfile.ReadError(f"cut off or damaged: {error}") from error  # which tarfile takes for an end, too
-
-    @classmethod
-    def frombuf(cls, block, encoding, errors):
-        size, checksum = block[124:135], block[148:154]
-        if block[156:157] != b"0" or block[345:346] != b"\0" or not (size.isdigit() and checksum.isdigit()):
-            return checked(super().frombuf(block, encoding, errors))
-        if int(checksum, 8) != sum(block) - sum(block[148:156]) + sum(b" " * 8):
-            raise tarfile.InvalidHeaderError("bad checksum")
-        member = cls(block[:100].rstrip(b"\0").decode(encoding, errors))
-        member.size = int(size, 8)
-        return checked(member)
-
-
-def checked(member):
-    """The member, if its size can be true. (Asked again once a PAX header may have given it another.)"""
-    if not 0 <= member.size < 1 << 30:  # a lie, which tarfile would follow without end
-        raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
-    return member
-
-
-def open_stream(url):
-    """A local file, an http(s) server's, or what webdataset opens with a command: gs:, pipe: and the like.
-
-    What is silent for PATIENCE seconds raises TimeoutError.
-    """
-    if url.startswith(("http:", "https:")):
-        return urllib.request.urlopen(url, timeout=PATIENCE)
-    if is_local(url):
-        return open(url, "rb")
-    try:
-        stream = wds.gopen(url, bufsize=0)  # what lies in a buffer, select() would not see
-    except ValueError as error:  # it knows of no such URLs, or is told to refuse them
-        fail(f"{url}: {first_line(error)}")
-    if hasattr(stream, "proc"):
-        stream.read = functools.partial(read_patiently, stream, stream.read)
-    return stream
-
-
-def read_patiently(pipe, read, *size):
-    """What read(*size) gives of the command's output; TimeoutError if nothing comes in PATIENCE seconds."""
-    if not select.select([pipe.stream], [], [], PATIENCE)[0]:
-        pipe.proc.kill()  # or closing it would wait for its end
-        set_options(pipe, ignore_errors=True)
-        raise TimeoutError(f"silent for {PATIENCE} s")
-    return read(*size)
+            found = [(*makeshards.list_shards(args.shards, split, pattern, size), seed)]
+        except makeshards.DataError as error:  # for all ranks: they wait for what comes
+            found = [error]
+    if args.distributed:
+        dist.broadcast_object_list(found, device=args.device)
+    if isinstance(found[0], makeshards.DataError):
+        raise found[0]
+    return found[0]
 
 
 if __name__ == "__main__":

@@ -25,19 +25,23 @@ import fcntl
 import functools
 import glob
 import hashlib
+import http.client
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import sys
 import tarfile
 import threading
 import time
+import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -45,37 +49,46 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import ImageFolder, imagenet
 from tqdm import tqdm
-from webdataset.gopen import gopen
+from webdataset.gopen import gopen, set_options
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys
 
 INDEX = "_info.json"  # its name and shape are those that timm reads and the hub's ImageNet shards have
 INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
 OPTIONS = ("maxcount", "seed", "filekey", "resize", "quality")  # what decides on the bytes, besides the images
 MOST = {"maxcount": 10**9, "workers": 4096, "resize": 65535, "quality": 100}  # of the options that are numbers
-IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample
+IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample; its class ends in cls
 QUALITY = 90  # of scaled images: at 4:4:4 it is smaller than 95 at 4:2:0, and as near to the original
+PAUSES = (1, 2, 4, 8, 16)  # seconds before a remote file is read once more
+PATIENCE = 60  # seconds for which a server or a command may be silent
+# what a tar that lies or a server that stumbles may lead to
+BROKEN = (OSError, ValueError, LookupError, MemoryError, OverflowError, RecursionError)
+BROKEN += (tarfile.TarError, http.client.HTTPException)
 EVERY = 60  # seconds between two lines about the progress, where the output is no terminal
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Write ImageNet's folders of images as WebDataset shards.")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [OPTION ...]",
+        description="Write ImageNet's folders of images as WebDataset shards. Defaults stand in brackets.",
+    )
     parser.error = fail
-    option = parser.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    option("--data", default="./data", metavar="DIR", help="folder that holds train/ and val/ (%(default)s)")
-    option("--shards", default="./shards", metavar="DIR", help="folder to write to, which must exist (%(default)s)")
-    option("--splits", default="train,val", metavar="LIST", help="splits to write (%(default)s)")
-    option("--maxcount", type=int, default=1000, metavar="N", help="samples a shard (%(default)s)")
-    option("--filekey", action="store_true", help="the key is the file's name without its ending")
-    option("--seed", type=int, default=0, metavar="N", help="of the training samples' order (%(default)s)")
-    option("--workers", type=int, default=cores, metavar="N", help="processes (as many as cores: %(default)s)")
-    option("--check", action="store_true", help="decode every image before it is written, and list all that are bad")
-    option("--resize", type=int, metavar="N", help="scale larger images to a shorter side of N pixels (off)")
-    option("--quality", type=int, metavar="Q", help=f"with --resize: of the scaled images' JPEG, 1 to 100 ({QUALITY})")
-    mode = parser.add_mutually_exclusive_group().add_argument
-    mode("--verify", action="store_true", help="write nothing; read the shards, and exit with 1 if something is wrong")
-    mode("--index", metavar="URLS", help="write the index of these shards: a brace pattern, a glob or a URL")
+    add = parser.add_argument_group("what to read and to write").add_argument
+    add("--data", default="./data", metavar="DIR", help="folder that holds train/ and val/ (%(default)s)")
+    add("--shards", default="./shards", metavar="DIR", help="folder to write to, which must exist (%(default)s)")
+    add("--splits", default="train,val", metavar="LIST", help="splits to write (%(default)s)")
+    add("--check", action="store_true", help="first decode each image, and list all bad ones (off)")
+    add("--workers", type=int, default=cores, metavar="N", help="processes (as many as cores: %(default)s)")
+    add = parser.add_argument_group("what the shards are like").add_argument
+    add("--maxcount", type=int, default=1000, metavar="N", help="samples a shard (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the training samples' order (%(default)s)")
+    add("--filekey", action="store_true", help="key: the file's name without its ending (its number)")
+    add("--resize", type=int, metavar="N", help="scale larger images to a shorter side of N (off)")
+    add("--quality", type=int, metavar="Q", help=f"of the scaled images' JPEG, 1 to 100 ({QUALITY})")
+    group = parser.add_argument_group("instead of writing shards")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--verify", action="store_true", help="read them; exit with 1 if something is wrong (off)")
+    add("--index", metavar="URLS", help="write the index of these: pattern, glob or URL (none)")
     args = parser.parse_args()
     args.splits = args.splits.split(",")
     if not set(args.splits) <= INDEX_NAMES.keys():
@@ -96,6 +109,10 @@ class DataError(Exception):
 
 def fail(message):
     raise DataError(message)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def count(number, thing):
@@ -448,27 +465,7 @@ def write_json(path, value):
     os.replace(f"{path}.tmp", path)
 
 
-def read_index(path):
-    """The index in the file, once it is known to agree with itself; one of no splits if there is no file."""
-    try:
-        with open(path) as file:
-            index = json.load(file)
-        for entry in index["splits"].values():
-            names, total, plan = entry["filenames"], sum(entry["shard_lengths"]), entry.get("plan")
-            lists = [entry[key] if plan else entry.get(key, names) for key in ("shard_sha256", "shard_files")]
-            for name, length, *_ in zip(names, entry["shard_lengths"], *lists, strict=True):
-                if not isinstance(length, int) or name.startswith("/") or ":" in name or ".." in name.split("/"):
-                    raise ValueError(f"{name!r}: {length!r}")
-            if entry["num_samples"] != total or (plan and plan["images"] != total):
-                raise ValueError(f"num_samples: {entry['num_samples']}, but the sum of shard_lengths is {total}")
-        return index
-    except FileNotFoundError:
-        return {"splits": {}}
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        fail(f"{path}: not an index ({error!r}); take it away or give another --shards")
-
-
-# ---------------------------------------------------------------------------- reading shards
+# ---------------------------------------------------------------------------- checking and indexing shards
 
 
 def verify(args, pool):
@@ -500,7 +497,7 @@ def verify_split(args, pool, index, split):
     except DataError as error:
         problems.append(str(error))
     num_classes, same_bytes = len(index.get("classes", ())) or sys.maxsize, not entry.get("plan", {}).get("resize")
-    task = functools.partial(read_shard, num_classes=num_classes, same_bytes=same_bytes)
+    task = functools.partial(check_shard, num_classes=num_classes, same_bytes=same_bytes)
     jobs = zip(paths, entry["shard_lengths"], planned, strict=True)
     results = in_parallel(pool, task, jobs, split, entry["num_samples"])
     for path, known, (_, _, sha256, keys, bad) in zip(paths, digests, results, strict=True):
@@ -527,7 +524,10 @@ def plan_again(args, split, index):
 
 def write_index(args, pool):
     """Count the samples of shards, and name them in an index: beside them if they are local, else in --shards."""
-    folder, urls = list_urls(args)
+    urls = expand(args.index)
+    folder, *others = sorted({os.path.dirname(url) or "." for url in urls})
+    if others:
+        fail(f"--index {args.index}: in {folder} and {others[0]}; an index is of the shards in one folder")
     path = os.path.join(folder if os.path.isdir(folder) else args.shards, INDEX)
     if not os.path.isdir(os.path.dirname(path)):
         fail(f"--index {args.index}: no folder {args.shards} for the index; make it first: mkdir {args.shards}")
@@ -541,7 +541,7 @@ def write_index(args, pool):
         if INDEX_NAMES[split] in index["splits"]:
             fail(f"{path}: it names {split} shards already; take it away first")
         lengths, digests = [], []
-        for length, _, sha256, _, bad in in_parallel(pool, read_shard, zip(chosen), split):
+        for length, _, sha256, _, bad in in_parallel(pool, check_shard, zip(chosen), split):
             if bad:
                 fail(f"--index {args.index}: {bad[0]}")
             lengths.append(length)
@@ -553,31 +553,16 @@ def write_index(args, pool):
     print(f"named in {path}")
 
 
-def list_urls(args):
-    """(the folder of the shards of --index, their paths or URLs)."""
-    try:
-        urls = [name for url in expand_urls(args.index) for name in sorted(glob.glob(url)) or [url]]
-    except (ValueError, AssertionError) as error:  # of unbalanced braces
-        fail(f"--index {args.index}: {error}")
-    for url in urls:
-        if "://" not in url and glob.has_magic(url) and not os.path.exists(url):
-            fail(f"--index {url}: no shard matches")
-    folder, *others = sorted({os.path.dirname(url) or "." for url in urls})
-    if others:
-        fail(f"--index {args.index}: in {folder} and {others[0]}; an index is of the shards in one folder")
-    return folder, urls
-
-
-def read_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_bytes=False):
+def check_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_bytes=False):
     """In a worker: (samples, bytes, sha256, keys, messages on what is wrong) of a shard.
 
     It is read into memory as a whole, about 115 MB of ImageNet. Its samples must be those that are planned, if any are.
     """
     keys, problems, data, files = [], [], b"", {key: file for key, *file in planned}
     try:
-        with contextlib.closing(open(url, "rb") if os.path.exists(url) else gopen(url)) as file:
-            data = file.read()
-        for sample in read_samples(data, url):
+        with open_stream(url) as stream:
+            data = stream.read()
+        for sample in tar_samples(io.BytesIO(data)):
             keys.append(sample["__key__"])
             if what := fault(sample, files, num_classes, same_bytes):
                 problems.append(f"{url}: sample {keys[-1]} {what}")
@@ -585,32 +570,258 @@ def read_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_bytes
             problems.append(f"{url}: {count(len(keys), 'sample')}, but {length} by the index")
     except Exception as error:  # a broken tar may raise anything
         gone = isinstance(error, FileNotFoundError) and error.filename == url
-        what = "no such shard" if gone else f"broken after {count(len(keys), 'sample')} ({error})"
+        what = "no such shard" if gone else f"broken after {count(len(keys), 'sample')} ({first_line(error)})"
         problems.append(f"{url}: {what}")
     return len(keys), len(data), hashlib.sha256(data).hexdigest(), keys, problems
 
 
 def fault(sample, files, num_classes, same_bytes):
     """What is wrong with a sample, None if nothing; `files` are those of the folder, {key: (path, class)}, if any."""
-    key, images = sample["__key__"], [sample[ending] for ending in IMAGES if ending in sample]
     label = int(sample["cls"]) if sample.get("cls", b"").strip().isdigit() else num_classes
-    path, wanted = files.get(key, (None, None if files else label))
-    if len(images) != 1 or label >= num_classes:
+    path, wanted = files.get(sample["__key__"], (None, None if files else label))
+    if "image" not in sample or label >= num_classes:
         return "does not hold one image and a class that there is"
     if label != wanted:
         return f"of class {label} is not one of the folder"
-    if path and same_bytes and images[0] != Path(path).read_bytes():
+    if path and same_bytes and sample["image"] != Path(path).read_bytes():
         return f"does not hold the bytes of {path}"
     return None
 
 
-def read_samples(data, url):
-    """The samples of a tar, grouped as webdataset does; ValueError if it is damaged or cut off."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        files = ({"fname": m.name, "data": tar.extractfile(m).read(), "__url__": url} for m in tar if m.isreg())
-        yield from group_by_keys(file for file in files if not file["fname"].startswith("__"))
-        if data[tar.offset :].strip(b"\0") or len(data) < tar.offset + 1024:  # where tarfile stopped must be zeros
-            raise ValueError(f"it is damaged or cut off at byte {tar.offset}")
+# ---------------------------------------------------------------------------- finding shards, for main-wds.py too
+
+
+def list_shards(folder, split, pattern=None, size=None):
+    """(urls, samples in each) of the shards that the pattern names; without one, of those in the folder's index.
+
+    The lengths are an index's. Without one local shards are counted, and remote ones are equal parts of `size`.
+    """
+    if pattern:
+        urls = expand(pattern)
+        lengths = find_lengths(urls, split, size)
+    else:
+        folder = folder.rstrip("/")
+        entry = read_index(f"{folder}/{INDEX}")["splits"].get(INDEX_NAMES[split])
+        if entry is None:
+            fail(f"--shards {folder}: no {INDEX} there that names {split} shards; write them with makeshards.py, or "
+                 f"give --{split}shards")  # fmt: skip
+        urls, lengths = [f"{folder}/{name}" for name in entry["filenames"]], entry["shard_lengths"]
+    for url in urls:
+        if is_local(url) and not os.path.isfile(url):
+            fail(f"{url}: no such shard, though --{split}shards or the index names it")
+    if not sum(lengths):
+        fail(f"{pattern or folder}: no samples in its {split} shards")
+    return urls, lengths
+
+
+def is_local(url):
+    return "://" not in url and not url.startswith(("pipe:", "file:"))
+
+
+def expand(pattern):
+    """The paths and URLs that a pattern names: braces are expanded, and in paths globs, too."""
+    try:
+        urls = expand_urls(pattern)
+    except (ValueError, AssertionError) as error:  # of unbalanced braces, of unknown variables
+        fail(f"{pattern}: {first_line(error)}")
+    names = [sorted(glob.glob(url)) if is_local(url) and glob.has_magic(url) else [url] for url in urls]
+    return [name for url, found in zip(urls, names, strict=True) for name in found or fail(f"{url}: no shard matches")]
+
+
+def find_lengths(urls, split, size):
+    """Samples in each shard of a pattern; see list_shards."""
+    known = {}
+    for folder in {url[: url.rfind("/") + 1] for url in urls if not url.startswith("pipe:")}:
+        for index in (read_index(folder + name) for name in ("sizes.json", INDEX)):
+            for entry in index["splits"].values():
+                known |= zip([folder + name for name in entry["filenames"]], entry["shard_lengths"], strict=True)
+    if all(url in known or is_local(url) for url in urls):
+        return [known[url] if url in known else count_samples(url) for url in urls]
+    if size is None:
+        fail(f"{urls[0]}: remote and without an index; give --{split}size, the number of samples in all the shards")
+    each = math.ceil(size / len(urls))
+    if size <= each * (len(urls) - 1):
+        fail(f"--{split}size {size}: too few for {len(urls)} shards of equal length, the last one being shorter")
+    return [min(each, size - i * each) for i in range(len(urls))]
+
+
+def count_samples(path):
+    """Those in a local shard, from its headers alone."""
+    try:
+        with open(path, "rb") as stream:
+            return sum(1 for _ in tar_samples(stream, first=sys.maxsize))
+    except BROKEN as error:
+        fail(f"{path}: not a whole shard ({first_line(error)})")
+
+
+def read_index(path):
+    """The index in a file or at a URL, once it is known to agree with itself; one of no splits if there is none.
+
+    A name in it must be that of a file below it: it is opened, and one like pipe: would be run as a command.
+    """
+    try:
+        index = read_json(path) or {"splits": {}}
+        if path.endswith("sizes.json"):  # OpenCLIP's: {name: samples}
+            entry = {"filenames": list(index), "shard_lengths": list(index.values())}
+            index = {"splits": {"all": {**entry, "num_samples": sum(index.values())}}}
+        for entry in index["splits"].values():
+            names, lengths, plan = entry["filenames"], entry["shard_lengths"], entry.get("plan")
+            more = [entry[key] if plan else entry.get(key, names) for key in ("shard_sha256", "shard_files")]
+            for name, length, *_ in zip(names, lengths, *more, strict=True):
+                outside = name.startswith("/") or ":" in name or ".." in name.split("/")
+                if outside or not isinstance(length, int) or length < 0:
+                    raise ValueError(f"{name!r}: {length!r}")
+            total = sum(dict(zip(names, lengths, strict=True)).values())  # less names that are there twice
+            if entry["num_samples"] != total or (plan and plan["images"] != total):
+                raise ValueError(f"num_samples: {entry['num_samples']}, but the sum of shard_lengths is {total}")
+        return index
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(f"{path}: not an index of shards below it ({error!r}); take it away, or give another --shards")
+
+
+def read_json(url):
+    """What the file at the path or URL holds, None if it is not there."""
+    for pause in (*PAUSES, None):
+        try:
+            with open_stream(url) as stream:
+                return json.loads(stream.read() or "null")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if url.startswith("http") and getattr(error, "code", None) not in (403, 404):
+                retry(url, first_line(error), pause)
+            elif isinstance(error, ValueError):
+                raise
+            elif is_local(url) and os.path.lexists(url):
+                fail(f"{url}: {first_line(error)}")
+            else:
+                return None
+
+
+# ---------------------------------------------------------------------------- reading shards, for main-wds.py too
+
+
+def read_shard(url, first, last, length):
+    """The samples first <= i < last of a shard of `length`; DataError if it is broken, or of another length.
+
+    A remote one that breaks off is read again, without those that were read, after growing pauses.
+    """
+    for pause in (None,) if is_local(url) else (*PAUSES, None):
+        found = 0
+        try:
+            with open_stream(url) as stream:
+                for sample in tar_samples(stream, first):
+                    found += 1
+                    if first < found <= last:
+                        first = found
+                        set_options(stream, ignore_errors=True)  # a command in a pipe: may complain if we hang up here
+                        yield {"__url__": url, **sample}
+                    if found == last < length:
+                        return
+                    set_options(stream, ignore_errors=False)
+            if found == length:
+                return
+            what = f"{found} samples, but {length} were expected by its index or --trainsize"
+        except BROKEN as error:
+            what = f"broken after {found} of its {length} samples ({first_line(error)})"
+        retry(url, what, pause)
+
+
+def retry(url, what, pause):
+    """Wait, and say so; where there is no pause left, DataError."""
+    if pause is None:
+        fail(f"{url}: {what}")
+    sys.stderr.write(f"{url}: {what}; reading it again in {pause} s\n")
+    time.sleep(pause)
+
+
+def tar_samples(stream, first=0):
+    """Each sample of a tar as {"__key__", "image": bytes, "cls": bytes}; of those before number `first`, the key alone.
+
+    A sample is the files, one after the other, that share a name up to the first dot. webdataset's own reader has no
+    way to skip samples undecoded, and takes a shard that was cut off between two files for a whole one.
+    """
+    sample, number = {}, -1
+    mode = "r:" if isinstance(stream, (io.BufferedReader, io.BytesIO)) else "r|"  # a file is skipped through by seeking
+    with tarfile.open(fileobj=stream, mode=mode, tarinfo=Header) as tar:
+        for member in tar:
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, ending = base.partition(".")
+            if checked(member).issparse() or not member.isreg():
+                continue
+            if not stem or not ending or stem.startswith("__"):  # hidden; and webdataset's own
+                continue
+            key, what = folder + slash + stem, "image" if ending.lower() in IMAGES else ending.lower()
+            if key != sample.get("__key__"):
+                if sample:
+                    yield sample
+                sample, number = {"__key__": key}, number + 1
+            if what in sample:
+                raise ValueError(f"sample {key} has more than one {what} file")
+            if number >= first and what in ("image", "cls"):
+                tar.fileobj.seek(member.offset_data)  # a third faster than tar.extractfile
+                sample[what] = tar.fileobj.read(member.size)
+        if sample:
+            yield sample
+        while rest := tar.fileobj.read(1 << 16):  # the padding; and so that a command in a pipe can end in peace
+            if rest.strip(b"\0"):
+                raise ValueError("what follows its end is not empty: it is damaged, or more than one tar")
+
+
+class Header(tarfile.TarInfo):
+    """A file's header in a tar. That of a plain file is read in a third of tarfile's time, 0.02 ms less a sample."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # the end mark
+                raise
+            raise tarfile.ReadError(f"cut off or damaged: {error}") from error  # which tarfile takes for an end, too
+
+    @classmethod
+    def frombuf(cls, block, encoding, errors):
+        size, checksum = block[124:135], block[148:154]
+        if block[156:157] != b"0" or block[345:346] != b"\0" or not (size.isdigit() and checksum.isdigit()):
+            return checked(super().frombuf(block, encoding, errors))
+        if int(checksum, 8) != sum(block) - sum(block[148:156]) + sum(b" " * 8):
+            raise tarfile.InvalidHeaderError("bad checksum")
+        member = cls(block[:100].rstrip(b"\0").decode(encoding, errors))
+        member.size = int(size, 8)
+        return checked(member)
+
+
+def checked(member):
+    """The member, if its size can be true. (Asked again once a PAX header may have given it another.)"""
+    if not 0 <= member.size < 1 << 30:  # a lie, which tarfile would follow without end
+        raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
+    return member
+
+
+def open_stream(url):
+    """A local file, an http(s) server's, or what webdataset opens with a command: gs:, pipe: and the like.
+
+    What is silent for PATIENCE seconds raises TimeoutError.
+    """
+    if url.startswith(("http:", "https:")):
+        return urllib.request.urlopen(url, timeout=PATIENCE)
+    if is_local(url):
+        return open(url, "rb")
+    try:
+        stream = gopen(url, bufsize=0)  # what lies in a buffer, select() would not see
+    except ValueError as error:  # it knows of no such URLs, or is told to refuse them
+        fail(f"{url}: {first_line(error)}")
+    if hasattr(stream, "proc"):
+        stream.read = functools.partial(read_patiently, stream, stream.read)
+    return stream
+
+
+def read_patiently(pipe, read, *size):
+    """What read(*size) gives of the command's output; TimeoutError if nothing comes in PATIENCE seconds."""
+    if not select.select([pipe.stream], [], [], PATIENCE)[0]:
+        pipe.proc.kill()  # or closing it would wait for its end
+        set_options(pipe, ignore_errors=True)
+        raise TimeoutError(f"silent for {PATIENCE} s")
+    return read(*size)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def read(argument):
         signal.alarm(5)
         try:
             found = list(decoded(path, int(length)))
-        except main_wds.DataError as error:
+        except (main_wds.DataError, makeshards.DataError) as error:
             found = str(error)
         except BaseException as error:
             found = {"other": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -123,7 +123,7 @@ def read(argument):
 def decoded(path, length):
     args = types.SimpleNamespace(decode="tensor", image_size=32, augmentation="full", dummy=False)
     shards = types.SimpleNamespace(transform=main_wds.make_transform(args, "val"))
-    for sample in main_wds.read_shard(path, 0, length, length):
+    for sample in makeshards.read_shard(path, 0, length, length):
         image, label = main_wds.Shards.decode(shards, sample)
         yield sample["__key__"], label, hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
@@ -131,8 +131,8 @@ def decoded(path, length):
 if __name__ in ("__main__", "__mp_main__"):  # there too: what the ranks are started with must have the changes
     from conftest import load
 
-    main_wds = load("main-wds.py")
-    vars(main_wds).update(json.loads(os.environ.get("CHANGES", "{}")))
+    main_wds, makeshards = load("main-wds.py"), load("makeshards.py")
+    vars(makeshards).update(json.loads(os.environ.get("CHANGES", "{}")))
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["read"]:

@@ -59,19 +59,17 @@ def fail(message):
 
 def make_plan(args):
     """The options, and what an epoch reads: "urls" and "lengths" of shards, the same "samples" as (path, class)."""
-    main_wds, plan = script(), {**vars(args), "urls": [], "lengths": [], "samples": []}
+    makeshards, plan = script().makeshards, {**vars(args), "urls": [], "lengths": [], "samples": []}
     try:
         files = datasets.ImageFolder(os.path.join(args.data, "train")).samples
-        known = main_wds.read_index(os.path.join(args.shards, ""), "train")
-    except (OSError, main_wds.DataError) as error:
-        fail(main_wds.first_line(error))
-    if not known or not all(map(main_wds.is_local, known)):
-        fail(f"--shards {args.shards}: write shards of --data there with makeshards.py")
+        known = dict(zip(*makeshards.list_shards(args.shards, "train"), strict=True))
+    except (OSError, makeshards.DataError) as error:
+        fail(makeshards.first_line(error))
     by_key = {os.path.splitext(os.path.basename(file[0]))[0].replace(".", "_"): file for file in files}  # --filekey
     by_key |= {f"{i:07d}": file for i, file in enumerate(files)}
     for url, length in known.items():
         with open(url, "rb") as stream:
-            keys = [sample["__key__"] for sample in main_wds.tar_samples(stream, first=sys.maxsize)]
+            keys = [sample["__key__"] for sample in makeshards.tar_samples(stream, first=sys.maxsize)]
         if len(keys) != length or not by_key.keys() >= set(keys):
             fail(f"{url}: not a shard of the images in {args.data}/train; make the shards anew")
         plan["urls"].append(url)

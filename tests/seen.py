@@ -5,7 +5,7 @@
 
 The options are main-wds.py's and these two. A case is what it changes in them; "start_method" is the workers', "hold"
 the seconds for which each batch is in hand, and with "peek" the main process reads a batch before the workers start.
-The environment's CHANGES are what it changes in the script's constants, as '{"PAUSES": [0.1], "PATIENCE": 1}'.
+The environment's CHANGES are what it changes in makeshards.py's constants, as '{"PAUSES": [0.1], "PATIENCE": 1}'.
 Prints JSON: for each case and rank {"len": {split: len(loader)}, "train": epochs, "val": epochs}. An epoch is a list of
 batches, a batch one of samples, and a sample [number, draw, pid]: the number that stands for its image, what the
 augmentation would draw, and the process that it was loaded by.
@@ -66,7 +66,7 @@ def see(args):
 
 main_wds = load("main-wds.py")  # up here, so that every process that imports this script has it so
 main_wds.run, main_wds.make_transform = run, lambda args, split: number_draw_pid
-vars(main_wds).update(json.loads(os.environ.get("CHANGES", "{}")))
+vars(main_wds.makeshards).update(json.loads(os.environ.get("CHANGES", "{}")))
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)

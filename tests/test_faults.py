@@ -32,10 +32,10 @@ from conftest import ROOT, error_of, load, run, summary
 from faults import Hang, Server, retries
 from PIL import Image
 from test_distributed import free_port
-from test_shards import column, samples, tar, write_shards
+from test_shards import column, found_by, samples, tar, write_shards
 
-main_wds = load("main-wds.py")
-DataError = main_wds.DataError
+main_wds, makeshards = load("main-wds.py"), load("makeshards.py")
+DataError = makeshards.DataError
 TRAIN, VAL = [13, 1, 17, 16], [4, 7]
 INDEX, FIRST, THIRD, FOURTH, VALIDATION = (
     "_info.json",
@@ -162,12 +162,12 @@ def test_a_command_that_fails_the_first_time(numbered, tmp_path):
 
 def test_a_command_that_falls_silent(tmp_path, monkeypatch, capfd):
     """It is given up and run again; what it had given does not come twice."""
-    monkeypatch.setattr(main_wds, "PATIENCE", 1)
-    monkeypatch.setattr(main_wds, "PAUSES", (0,))
+    monkeypatch.setattr(makeshards, "PATIENCE", 1)
+    monkeypatch.setattr(makeshards, "PAUSES", (0,))
     shard, once = tmp_path / "a.tar", tmp_path / "once"
     shard.write_bytes(tar(samples(range(9), b"%d" * 3000)))
     url = f"pipe:if mkdir {once} 2>&-; then head -c 30000 {shard}; exec sleep 30; fi; exec cat {shard}"
-    found = [sample["__key__"] for sample in main_wds.read_shard(url, 2, 9, 9)]
+    found = [sample["__key__"] for sample in makeshards.read_shard(url, 2, 9, 9)]
     assert found == [f"{n:04d}" for n in range(2, 9)]
     (line,) = capfd.readouterr().err.splitlines()
     assert re.search(r"broken after [1-8] of its 9 samples \(silent for 1 s\); reading it again", line)
@@ -245,12 +245,11 @@ def test_a_server_that_never_recovers(small, server, tmp_path):
 def indexed(url, monkeypatch, capfd, within):
     """(the error of a missing index, what stderr tells meanwhile), with short pauses and so in 20 s."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(main_wds, "PAUSES", (0.1, 0.2))
-    monkeypatch.setattr(main_wds, "PATIENCE", 1)
-    monkeypatch.setattr(sys, "argv", ["main-wds.py", "--shards", url])
+    monkeypatch.setattr(makeshards, "PAUSES", (0.1, 0.2))
+    monkeypatch.setattr(makeshards, "PATIENCE", 1)
     within(20)
     with pytest.raises(DataError) as error:
-        main_wds.list_shards(main_wds.parse_args(), "train")
+        found_by(monkeypatch, "train", "--shards", url)
     within(0)
     return str(error.value), capfd.readouterr().err
 
@@ -279,9 +278,8 @@ def test_an_index_cut_off_without_a_word(fault, numbered, server, monkeypatch, c
     """Where the server told no length, or too short a one, a text that is no JSON shows it: it too is read again."""
     server.folder, server.faults = numbered, {"/x/_info.json": [(fault, 70)]}
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(main_wds, "PAUSES", (0.1, 0.2))
-    monkeypatch.setattr(sys, "argv", ["main-wds.py", "--shards", f"{server.url}/x"])
-    assert main_wds.list_shards(main_wds.parse_args(), "train")[1] == TRAIN
+    monkeypatch.setattr(makeshards, "PAUSES", (0.1, 0.2))
+    assert found_by(monkeypatch, "train", "--shards", f"{server.url}/x")[1] == TRAIN
     assert len(retries(capfd.readouterr().err)) == 1
 
 
@@ -311,21 +309,21 @@ def test_no_command_outlives_its_shard(command, tmp_path):
     (tmp_path / "a.tar").write_bytes(content)
     (tmp_path / "b.tar").write_bytes(content[:101_888] + b"x" * 9 + content[101_897:])
     url, files = "pipe:" + command, len(os.listdir("/proc/self/fd"))
-    assert len(list(main_wds.read_shard(url % f"{tmp_path}/a.tar", 1, 3, 5))) == 2
-    main_wds.PAUSES, pauses = (), main_wds.PAUSES
+    assert len(list(makeshards.read_shard(url % f"{tmp_path}/a.tar", 1, 3, 5))) == 2
+    makeshards.PAUSES, pauses = (), makeshards.PAUSES
     try:
         for name, length in (("a", 4), ("b", 5)):
             with pytest.raises(DataError):
-                list(main_wds.read_shard(url % f"{tmp_path}/{name}.tar", 0, length, length))
+                list(makeshards.read_shard(url % f"{tmp_path}/{name}.tar", 0, length, length))
     finally:
-        main_wds.PAUSES = pauses
+        makeshards.PAUSES = pauses
     assert processes(f"{tmp_path}/") == [] and len(os.listdir("/proc/self/fd")) == files
 
 
 def test_one_who_does_not_read_on(tmp_path, capfd):
     """A command that complains of it, as curl does, is no reason to read it again."""
     (tmp_path / "a.tar").write_bytes(tar(samples(range(5), b"%d" * 100_000)))
-    begun = main_wds.read_shard(f"pipe:cat {tmp_path}/a.tar || exit 23", 0, 5, 5)
+    begun = makeshards.read_shard(f"pipe:cat {tmp_path}/a.tar || exit 23", 0, 5, 5)
     next(begun)
     begun.close()
     assert capfd.readouterr().err == ""
@@ -677,14 +675,14 @@ class Stream(io.RawIOBase):
 
 def test_a_stream_cut_anywhere(monkeypatch, capfd):
     """In a header, in data, or between two members: read again, and each sample once and whole."""
-    monkeypatch.setattr(main_wds, "PAUSES", (0, 0))
+    monkeypatch.setattr(makeshards, "PAUSES", (0, 0))
     for pieces, good in originals():
         whole = b"".join(pieces)
         wrong = []
         for cut in range(0, len(whole) + 1, 64):
             contents = [whole + bytes(1024), whole[:cut]]
-            monkeypatch.setattr(main_wds, "open_stream", lambda _, contents=contents: Stream(contents.pop()))
-            found = list(main_wds.read_shard("pipe:a.tar", 0, len(good), len(good)))
+            monkeypatch.setattr(makeshards, "open_stream", lambda _, contents=contents: Stream(contents.pop()))
+            found = list(makeshards.read_shard("pipe:a.tar", 0, len(good), len(good)))
             if [{**sample, "__url__": "pipe:a.tar"} for sample in good] != found:
                 wrong.append(cut)
             told = len(retries(capfd.readouterr().err))
@@ -708,7 +706,7 @@ def within():
 def complaint(damage, url, good):
     """What is wrong with what read_shard makes of it; None if nothing is."""
     try:
-        found = list(main_wds.read_shard(url, 0, len(good), len(good)))
+        found = list(makeshards.read_shard(url, 0, len(good), len(good)))
     except DataError as error:
         return None if str(error).startswith(f"{url}: ") else f"unnamed: {error}"
     except (Exception, Hang) as error:
@@ -736,8 +734,8 @@ def test_damage_at_random(how, within, monkeypatch, tmp_path):
     ends = collections.Counter()
     if how == "stream":
         url = "pipe:a.tar"
-        monkeypatch.setattr(main_wds, "PAUSES", ())
-        monkeypatch.setattr(main_wds, "open_stream", lambda _: Stream(data))
+        monkeypatch.setattr(makeshards, "PAUSES", ())
+        monkeypatch.setattr(makeshards, "open_stream", lambda _: Stream(data))
     forms = list(originals())
     for _ in range(3000):
         pieces, good = draw.choice(forms)

@@ -16,8 +16,8 @@ from PIL import Image
 from test_plan import read as planned
 from test_plan import sizes
 
-main_wds = load("main-wds.py")
-DataError = main_wds.DataError
+main_wds, makeshards = load("main-wds.py"), load("makeshards.py")
+DataError = makeshards.DataError
 TRAIN, VAL = [13, 1, 0, 17, 16], [4, 0, 7]  # 47 and 11 samples: primes; fewer shards than 3 ranks x 3 workers
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
@@ -25,7 +25,7 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     """Before a stream is read again; test_faults.py has the real ones."""
-    monkeypatch.setattr(main_wds, "PAUSES", (0,))
+    monkeypatch.setattr(makeshards, "PAUSES", (0,))
 
 
 def tar(members, form=tarfile.USTAR_FORMAT):
@@ -144,7 +144,7 @@ def test_a_batch_stays_as_it_is_while_it_is_in_hand(seen):
 
 
 def read(url, first, last, length):
-    found = main_wds.read_shard(str(url), first, last, length)
+    found = makeshards.read_shard(str(url), first, last, length)
     return [(sample["__key__"], sample.get("cls"), sample.get("image")) for sample in found]
 
 
@@ -198,7 +198,7 @@ def test_members_that_others_write(form, tmp_path):
         members.append((f"{key}.{'CLS' if key == 'a' else 'cls'}", b"7"))
         expected.append((key, b"7", image))
     (tmp_path / "a.tar").write_bytes(tar(members, form))
-    assert main_wds.count_shard(f"{tmp_path}/a.tar") == len(keys)
+    assert makeshards.count_samples(f"{tmp_path}/a.tar") == len(keys)
     assert read(tmp_path / "a.tar", 0, len(keys), len(keys)) == expected
     assert read(f"pipe:cat {tmp_path}/a.tar", 3, len(keys), len(keys)) == expected[3:]
 
@@ -230,7 +230,7 @@ def test_cut_off_anywhere(tmp_path):
                 assert found in (good[first:last], None)
         if cut % 100 == 0 and cut < mark + 512:
             with pytest.raises(DataError, match=r"a\.tar: not a whole shard"):
-                main_wds.count_shard(f"{tmp_path}/a.tar")
+                makeshards.count_samples(f"{tmp_path}/a.tar")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -281,13 +281,20 @@ def test_training_ends_by_name(fault, ranks, tmp_path):
 # ---------------------------------------------------------------------------- finding shards
 
 
+def found_by(monkeypatch, split, *args):
+    """([url], [length]) that main-wds.py finds for a split by a command line."""
+    monkeypatch.setattr(sys, "argv", ["main-wds.py", *map(str, args)])
+    args = main_wds.parse_args()
+    args.rank, args.distributed = 0, False
+    return main_wds.find_shards(args, split)[:2]
+
+
 @pytest.fixture
 def listed(monkeypatch):
-    """{name: samples} that list_shards() finds by a command line."""
+    """{name: samples} that find_shards() finds by a command line."""
 
     def listed(*args, split="train"):
-        monkeypatch.setattr(sys, "argv", ["main-wds.py", *map(str, args)])
-        urls, lengths = main_wds.list_shards(main_wds.parse_args(), split)
+        urls, lengths = found_by(monkeypatch, split, *args)
         return dict(zip([url.rpartition("/")[2] for url in urls], lengths, strict=True))
 
     return listed
@@ -375,7 +382,7 @@ def test_a_wrong_index(change, listed, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.tar").write_bytes(tar([]))
     said = "gone.tar: no such" if "gone" in text else "no samples" if "[0, 0]" in text else "_info.json: not an index"
-    said = "_info.json: it names no train shards" if "validation" in text else said
+    said = "no _info.json there that names train shards" if "validation" in text else said
     with pytest.raises(DataError, match=f"{tmp_path}.*{said}"):
         listed("--shards", tmp_path)
 

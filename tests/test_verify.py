@@ -19,6 +19,7 @@ import pytest
 import webdataset as wds
 from conftest import error_of, load, run
 from PIL import Image
+from test_shards import found_by
 
 makeshards, main_wds = load("makeshards.py"), load("main-wds.py")
 OTHER = ["--resize", 20, "--filekey", "--seed", 5, "--maxcount", 5]
@@ -485,12 +486,7 @@ def check_index(path, folder, splits=BY_SPLIT, counts=THEIRS):
 @pytest.fixture
 def listed(monkeypatch):
     """([url], [length]) that main-wds.py finds for a split by a command line."""
-
-    def listed(split, *args):
-        monkeypatch.setattr(sys, "argv", ["main-wds.py", *map(str, args)])
-        return main_wds.list_shards(main_wds.parse_args(), split)
-
-    return listed
+    return functools.partial(found_by, monkeypatch)
 
 
 def test_index_of_local_shards(theirs, call, listed):
