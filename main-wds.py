@@ -554,10 +554,261 @@ def add_up(meters, device):
 
 
 # ============================================================================ the shards
-# From here on main-wds.py only adds to main-orig.py: how shards are found, divided, read and made into batches.
+# From here on main-wds.py only adds to main-orig.py: how shards are divided, decoded and made into batches, and how an
+# epoch is stopped and resumed. How they are found and read is in makeshards.py, which checks them with the same code.
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or sys.maxsize  # 89 million; what is larger Pillow refuses, or warns of
 PREFETCH = 2  # batches that a worker makes ahead: the DataLoader's prefetch_factor, on which Shards.batches relies
+
+
+def make_train_loader_wds(args):
+    """Batches of the training shards as make_train_loader_orig's are of the folders: as many, and as large."""
+    shards = Shards(args, "train")
+    if sum(shards.lengths) < args.world_size:
+        fail(f"{args.world_size} ranks but {sum(shards.lengths)} training samples: start fewer processes")
+    shards.set_epoch(0)  # from now on the training loop sets it
+    return make_loader_wds(args, shards)
+
+
+def make_val_loader_wds(args):
+    """Batches of the validation shards, in order. Under DDP each sample goes to one rank alone."""
+    return make_loader_wds(args, Shards(args, "val"))
+
+
+def make_loader_wds(args, shards):
+    return DataLoader(  # the workers make the batches, and live on from epoch to epoch
+        shards,
+        batch_size=None,
+        num_workers=args.workers,
+        pin_memory=args.device.type == "cuda",
+        prefetch_factor=PREFETCH if args.workers else None,
+        persistent_workers=args.workers > 0,
+    )
+
+
+LOADERS = {
+    "orig": (make_train_loader_orig, make_val_loader_orig),
+    "wds": (make_train_loader_wds, make_val_loader_wds),
+}
+
+
+class Shards(IterableDataset):
+    """One rank's batches of an epoch. In a worker of the DataLoader: that worker's share of them, by plan()."""
+
+    def __init__(self, args, split):
+        self.urls, self.lengths, self.seed = find_shards(args, split)
+        self.rank, self.world_size, self.batch_size = args.rank, args.world_size, args.batch_size
+        self.workers, self.shuffle, self.transform = args.workers, args.shuffle, make_transform(args, split)
+        # the epoch, -1 for validation, and its first batch; shared, so that the workers see what the training loop sets
+        self.start, self.resumed = torch.tensor([-1, 0]).share_memory_(), (None, 0)
+
+    def set_epoch(self, epoch):
+        self.start[:] = torch.tensor([epoch, self.resumed[1] if epoch == self.resumed[0] else 0])
+
+    def resume(self, args, epoch, position):
+        """Begin that epoch where a checkpoint says; DataError if the rest of its batches would not be the same now."""
+        self.seed = position["seed"] if args.seed is None else self.seed
+        for name, value in self.order().items():
+            if value != (then := position.get(name)):
+                what = f"it stopped within an epoch, with {name} {then!s:.40}, not {value!s:.40}"
+                way_out = f"give the same, or begin the epoch anew with --start-epoch {epoch}"
+                fail(f"--resume {args.resume}: {what}; samples would be lost or come twice: {way_out}")
+        self.resumed = (epoch, position["step"])
+
+    def order(self):
+        """What decides on the order of the batches, besides the epoch."""
+        shards = [[os.path.basename(url), length] for url, length in zip(self.urls, self.lengths, strict=True)]
+        names = ("seed", "shuffle", "world_size", "workers", "batch_size")  # the last two are of a rank
+        return {"shards": shards, **{name: getattr(self, name) for name in names}}
+
+    def pieces(self, worker, num_workers):
+        epoch = None if self.start[0] < 0 else int(self.start[0])
+        return plan(self.lengths, epoch, self.seed, self.rank, self.world_size, worker, num_workers, self.batch_size)
+
+    def num_samples(self):
+        all_samples = sum(last - first for _, first, last in self.pieces(0, 1))
+        return max(all_samples - int(self.start[1]) * self.batch_size, 0)
+
+    def __len__(self):
+        return math.ceil(self.num_samples() / self.batch_size)
+
+    def __iter__(self):
+        if not len(self):  # resumed after the epoch's last batch
+            return iter(())
+        info = get_worker_info()
+        number, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        epoch, step = self.start.tolist()
+        worker = (number + step) % num_workers  # for the loader asks its first one for the batch of that step
+        pieces, done = self.pieces(worker, num_workers), len(range(worker, step, num_workers))
+        stages, seeds = [lambda: read_pieces(pieces, self.urls, self.lengths)], itertools.repeat(None)
+        if epoch >= 0:
+            seeds = (f"{self.seed} {epoch} {self.rank} {i}" for i in itertools.count(step + number, num_workers))
+            draws = random.Random(f"{self.seed} {epoch} {self.rank} of worker {worker}")
+            stages.append(wds.shuffle(self.shuffle, rng=draws))  # of undecoded samples: about 100 KB each
+            stages.append(lambda samples: itertools.islice(samples, done * self.batch_size, None))
+        return iter(wds.DataPipeline(*stages, lambda samples: self.batches(samples, seeds)))
+
+    def decode(self, sample):
+        """(image, class) from a sample of read_pieces."""
+        name = f"{sample['__url__']}: sample {sample['__key__']}".replace("\n", " ")
+        if not {"image", "cls"} <= sample.keys():
+            raise DataError(f"{name} holds no {'cls' if 'image' in sample else 'image'} file")
+        label = sample["cls"].strip()
+        if not label.isdigit() or len(label) > 9 or int(label) >= NUM_CLASSES:
+            raise DataError(f"{name}: its class {sample['cls'][:20]!r} is not one from 0 to {NUM_CLASSES - 1}")
+        return self.transform((name, sample["image"])), int(label)
+
+    def batches(self, samples, seeds):
+        """(images, target) of each --batch-size samples, decoded: the last of the pipeline's stages.
+
+        The images of every third batch lie in the same shared memory, for fresh memory would take 0.2 ms a sample. By
+        then the DataLoader has done with a batch: it has PREFETCH waiting from each worker, and one in hand. (Also at
+        the end, when it asks the others for what a worker no longer has, as plan() gives no worker two batches more
+        than another.) So copy a batch that you want to keep, and let PREFETCH be the DataLoader's prefetch_factor.
+        """
+        memory = [None] * (PREFETCH + 1)
+        with ThreadPoolExecutor(1) as thread:  # its memory stays apart from the reader's: 3 percent faster
+            for turn, seed in zip(itertools.cycle(range(len(memory))), seeds, strict=False):
+                batch = list(itertools.islice(samples, self.batch_size))
+                if not batch:
+                    return
+                memory[turn], target = thread.submit(self.decode_batch, batch, memory[turn], seed).result()
+                yield memory[turn][: len(batch)], target
+
+    def decode_batch(self, samples, memory, seed):
+        """The samples' images in the memory, which is made if it is None, and their classes."""
+        if seed:  # for the augmentation: each batch has its own, so that an epoch may begin with any
+            random.seed(seed)
+            torch.manual_seed(random.getrandbits(63))
+        target = []
+        for i, sample in enumerate(samples):
+            image, label = self.decode(sample)
+            if memory is None:
+                memory = image.new_empty((len(samples), *image.shape)).share_memory_()
+            memory[i] = image
+            target.append(label)
+        return memory, torch.tensor(target)
+
+
+# ---------------------------------------------------------------------------- who reads what
+
+
+def plan(lengths, epoch, seed, rank, world_size, worker, num_workers, batch_size):
+    """What a worker reads in an epoch: a list of (shard, first, last) in reading order, the samples first <= i < last.
+
+    The shards, in an order drawn from (seed, epoch), lie end to end. Each rank takes an equal stretch of the line, the
+    last one wrapping round to its start; epoch None is validation, in order and without wrapping. Each worker takes
+    a stretch of whole batches out of its rank's. The loader asks the workers in turn for a batch, so the stretch that
+    ends the rank's, with the short batch, goes to the worker whose turn comes last.
+    """
+    order, total = list(range(len(lengths))), sum(lengths)
+    if epoch is None:
+        first, end = total * rank // world_size, total * (rank + 1) // world_size
+    else:
+        random.Random(f"{seed} {epoch}").shuffle(order)
+        share = math.ceil(total / world_size)
+        first = rank * share % total
+        end = first + share
+    batches = math.ceil((end - first) / batch_size)
+    turns = [(batches + i) % num_workers for i in range(num_workers)]  # the workers in the order of their stretches
+    before = turns[: turns.index(worker)]
+    first += batch_size * sum(len(range(w, batches, num_workers)) for w in before)
+    end = min(end, first + batch_size * len(range(worker, batches, num_workers)))
+    pieces, start = [], 0
+    for shard in order + order:  # twice, for the stretch that wraps round
+        piece = (shard, max(first - start, 0), min(end - start, lengths[shard]))
+        if piece[1] < piece[2]:
+            pieces.append(piece)
+        start += lengths[shard]
+    return pieces
+
+
+def find_shards(args, split):
+    """(urls, samples in each, seed) of a split, found or drawn by rank 0 and the same on all ranks."""
+    found = [None]
+    if args.rank == 0:
+        pattern, size = (args.trainshards, args.trainsize) if split == "train" else (args.valshards, args.valsize)
+        seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
+        try:
+            found = [(*makeshards.list_shards(args.shards, split, pattern, size), seed)]
+        except makeshards.DataError as error:  # for all ranks: they wait for what comes
+            found = [error]
+    if args.distributed:
+        dist.broadcast_object_list(found, device=args.device)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def read_pieces(pieces, urls, lengths):
+    """The samples of the plan: {"__url__", "__key__", "image": bytes, "cls": bytes}, none of them decoded."""
+    for shard, first, last in pieces:
+        yield from makeshards.read_shard(urls[shard], first, last, lengths[shard])
+
+
+# ---------------------------------------------------------------------------- from a file's bytes to a tensor
+
+
+def decode_tensor(file):
+    """uint8 (3, H, W), in RGB, from (name, bytes) of an image file. DataError gives the name if nothing can read it.
+
+    Torchvision decodes whole JPEGs of one or three channels. What else there is, CMYK and PNG, broken and cut off, goes
+    to Pillow, and so does everything once torchvision has no decoder: since 0.29 its Python function, though not this
+    operator below it, warns at each call that it will go.
+    """
+    _, data = file
+    if hasattr(torch.ops.image, "decode_jpeg") and data.endswith(b"\xff\xd9") and 0 < jpeg_pixels(data) <= MAX_PIXELS:
+        try:  # mode 0: the channels as they are; and EXIF's orientation is left alone, as Pillow does
+            image = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, False)
+            if image.shape[0] in (1, 3):
+                return image.expand(3, -1, -1)
+        except RuntimeError:  # perhaps Pillow can
+            pass
+    return v2.functional.pil_to_tensor(decode_pil(file))
+
+
+def jpeg_pixels(data):
+    """Pixels of a JPEG by its header, for a small file may unpack to gigabytes; 0 if that is not where it should be."""
+    i = 2
+    while data[:2] == b"\xff\xd8" and data[i : i + 1] == b"\xff" and len(data) >= i + 9:
+        if data[i + 1] < 0xC0 or data[i + 1] == 0xFF or data[i + 1] in range(0xD0, 0xDB):  # none that has a length here
+            return 0
+        if data[i + 1] in range(0xC0, 0xD0) and data[i + 1] not in (0xC4, 0xC8, 0xCC):  # a frame's header
+            return int.from_bytes(data[i + 5 : i + 7], "big") * int.from_bytes(data[i + 7 : i + 9], "big")
+        i += 2 + int.from_bytes(data[i + 2 : i + 4], "big")
+    return 0
+
+
+def random_crop(image, size):
+    """uint8 (3, size, size) from (3, H, W): a random part of the image, in half of all cases mirrored.
+
+    The distribution is that of v2.RandomResizedCrop and v2.RandomHorizontalFlip, which take 0.5 ms of a sample's 1.7.
+    This takes half of that: it draws plain numbers, not tensors, and lays out the crop as the resizing works fastest.
+    """
+    top, left, height, width = crop_box(*image.shape[1:])
+    crop = image[None, :, top : top + height, left : left + width].clone(memory_format=torch.channels_last)
+    image = nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+    return image.flip(2) if random.random() < 0.5 else image
+
+
+def crop_box(height, width):
+    """(top, left, height, width) of 8 to 100 percent of an image, 3:4 to 4:3, as v2.RandomResizedCrop draws it."""
+    for _ in range(10):
+        area = height * width * random.uniform(0.08, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return random.randint(0, height - h), random.randint(0, width - w), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def channels_last(image):
+    """(H, W, 3) from (3, H, W): how the decoder laid it out in memory, and how the batch stays."""
+    return image.permute(1, 2, 0)
+
+
+# ---------------------------------------------------------------------------- to the device, and what stops and resumes
 
 
 class DeviceLoader:
@@ -702,250 +953,6 @@ def end_workers():
     threading.excepthook = lambda _: None  # as would the thread that pins memory
     for process in mp.active_children():
         process.kill()
-
-
-def make_train_loader_wds(args):
-    """Batches of the training shards as make_train_loader_orig's are of the folders: as many, and as large."""
-    shards = Shards(args, "train")
-    if sum(shards.lengths) < args.world_size:
-        fail(f"{args.world_size} ranks but {sum(shards.lengths)} training samples: start fewer processes")
-    shards.set_epoch(0)  # from now on the training loop sets it
-    return make_loader_wds(args, shards)
-
-
-def make_val_loader_wds(args):
-    """Batches of the validation shards, in order. Under DDP each sample goes to one rank alone."""
-    return make_loader_wds(args, Shards(args, "val"))
-
-
-def make_loader_wds(args, shards):
-    return DataLoader(  # the workers make the batches, and live on from epoch to epoch
-        shards,
-        batch_size=None,
-        num_workers=args.workers,
-        pin_memory=args.device.type == "cuda",
-        prefetch_factor=PREFETCH if args.workers else None,
-        persistent_workers=args.workers > 0,
-    )
-
-
-LOADERS = {
-    "orig": (make_train_loader_orig, make_val_loader_orig),
-    "wds": (make_train_loader_wds, make_val_loader_wds),
-}
-
-
-class Shards(IterableDataset):
-    """One rank's batches of an epoch. In a worker of the DataLoader: that worker's share of them, by plan()."""
-
-    def __init__(self, args, split):
-        self.urls, self.lengths, self.seed = find_shards(args, split)
-        self.rank, self.world_size, self.batch_size = args.rank, args.world_size, args.batch_size
-        self.workers, self.shuffle, self.transform = args.workers, args.shuffle, make_transform(args, split)
-        # the epoch, -1 for validation, and its first batch; shared, so that the workers see what the training loop sets
-        self.start, self.resumed = torch.tensor([-1, 0]).share_memory_(), (None, 0)
-
-    def set_epoch(self, epoch):
-        self.start[:] = torch.tensor([epoch, self.resumed[1] if epoch == self.resumed[0] else 0])
-
-    def resume(self, args, epoch, position):
-        """Begin that epoch where a checkpoint says; DataError if the rest of its batches would not be the same now."""
-        self.seed = position["seed"] if args.seed is None else self.seed
-        for name, value in self.order().items():
-            if value != (then := position.get(name)):
-                what = f"it stopped within an epoch, with {name} {then!s:.40}, not {value!s:.40}"
-                way_out = f"give the same, or begin the epoch anew with --start-epoch {epoch}"
-                fail(f"--resume {args.resume}: {what}; samples would be lost or come twice: {way_out}")
-        self.resumed = (epoch, position["step"])
-
-    def order(self):
-        """What decides on the order of the batches, besides the epoch."""
-        shards = [[os.path.basename(url), length] for url, length in zip(self.urls, self.lengths, strict=True)]
-        names = ("seed", "shuffle", "world_size", "workers", "batch_size")  # the last two are of a rank
-        return {"shards": shards, **{name: getattr(self, name) for name in names}}
-
-    def pieces(self, worker, num_workers):
-        epoch = None if self.start[0] < 0 else int(self.start[0])
-        return plan(self.lengths, epoch, self.seed, self.rank, self.world_size, worker, num_workers, self.batch_size)
-
-    def num_samples(self):
-        all_samples = sum(last - first for _, first, last in self.pieces(0, 1))
-        return max(all_samples - int(self.start[1]) * self.batch_size, 0)
-
-    def __len__(self):
-        return math.ceil(self.num_samples() / self.batch_size)
-
-    def __iter__(self):
-        if not len(self):  # resumed after the epoch's last batch
-            return iter(())
-        info = get_worker_info()
-        number, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        epoch, step = self.start.tolist()
-        worker = (number + step) % num_workers  # for the loader asks its first one for the batch of that step
-        pieces, done = self.pieces(worker, num_workers), len(range(worker, step, num_workers))
-        stages, seeds = [lambda: read_pieces(pieces, self.urls, self.lengths)], itertools.repeat(None)
-        if epoch >= 0:
-            seeds = (f"{self.seed} {epoch} {self.rank} {i}" for i in itertools.count(step + number, num_workers))
-            draws = random.Random(f"{self.seed} {epoch} {self.rank} of worker {worker}")
-            stages.append(wds.shuffle(self.shuffle, rng=draws))  # of undecoded samples: about 100 KB each
-            stages.append(lambda samples: itertools.islice(samples, done * self.batch_size, None))
-        return iter(wds.DataPipeline(*stages, lambda samples: self.batches(samples, seeds)))
-
-    def decode(self, sample):
-        """(image, class) from a sample of read_pieces."""
-        name = f"{sample['__url__']}: sample {sample['__key__']}".replace("\n", " ")
-        if not {"image", "cls"} <= sample.keys():
-            raise DataError(f"{name} holds no {'cls' if 'image' in sample else 'image'} file")
-        label = sample["cls"].strip()
-        if not label.isdigit() or len(label) > 9 or int(label) >= NUM_CLASSES:
-            raise DataError(f"{name}: its class {sample['cls'][:20]!r} is not one from 0 to {NUM_CLASSES - 1}")
-        return self.transform((name, sample["image"])), int(label)
-
-    def batches(self, samples, seeds):
-        """(images, target) of each --batch-size samples, decoded: the last of the pipeline's stages.
-
-        The images of every third batch lie in the same shared memory, for fresh memory would take 0.2 ms a sample. By
-        then the DataLoader has done with a batch: it has PREFETCH waiting from each worker, and one in hand. (Also at
-        the end, when it asks the others for what a worker no longer has, as plan() gives no worker two batches more
-        than another.) So copy a batch that you want to keep, and let PREFETCH be the DataLoader's prefetch_factor.
-        """
-        memory = [None] * (PREFETCH + 1)
-        with ThreadPoolExecutor(1) as thread:  # its memory stays apart from the reader's: 3 percent faster
-            for turn, seed in zip(itertools.cycle(range(len(memory))), seeds, strict=False):
-                batch = list(itertools.islice(samples, self.batch_size))
-                if not batch:
-                    return
-                memory[turn], target = thread.submit(self.decode_batch, batch, memory[turn], seed).result()
-                yield memory[turn][: len(batch)], target
-
-    def decode_batch(self, samples, memory, seed):
-        """The samples' images in the memory, which is made if it is None, and their classes."""
-        if seed:  # for the augmentation: each batch has its own, so that an epoch may begin with any
-            random.seed(seed)
-            torch.manual_seed(random.getrandbits(63))
-        target = []
-        for i, sample in enumerate(samples):
-            image, label = self.decode(sample)
-            if memory is None:
-                memory = image.new_empty((len(samples), *image.shape)).share_memory_()
-            memory[i] = image
-            target.append(label)
-        return memory, torch.tensor(target)
-
-
-def decode_tensor(file):
-    """uint8 (3, H, W), in RGB, from (name, bytes) of an image file. DataError gives the name if nothing can read it.
-
-    Torchvision decodes whole JPEGs of one or three channels. What else there is, CMYK and PNG, broken and cut off, goes
-    to Pillow, and so does everything once torchvision has no decoder: since 0.29 its Python function, though not this
-    operator below it, warns at each call that it will go.
-    """
-    _, data = file
-    if hasattr(torch.ops.image, "decode_jpeg") and data.endswith(b"\xff\xd9") and 0 < jpeg_pixels(data) <= MAX_PIXELS:
-        try:  # mode 0: the channels as they are; and EXIF's orientation is left alone, as Pillow does
-            image = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, False)
-            if image.shape[0] in (1, 3):
-                return image.expand(3, -1, -1)
-        except RuntimeError:  # perhaps Pillow can
-            pass
-    return v2.functional.pil_to_tensor(decode_pil(file))
-
-
-def jpeg_pixels(data):
-    """Pixels of a JPEG by its header, for a small file may unpack to gigabytes; 0 if that is not where it should be."""
-    i = 2
-    while data[:2] == b"\xff\xd8" and data[i : i + 1] == b"\xff" and len(data) >= i + 9:
-        if data[i + 1] < 0xC0 or data[i + 1] == 0xFF or data[i + 1] in range(0xD0, 0xDB):  # none that has a length here
-            return 0
-        if data[i + 1] in range(0xC0, 0xD0) and data[i + 1] not in (0xC4, 0xC8, 0xCC):  # a frame's header
-            return int.from_bytes(data[i + 5 : i + 7], "big") * int.from_bytes(data[i + 7 : i + 9], "big")
-        i += 2 + int.from_bytes(data[i + 2 : i + 4], "big")
-    return 0
-
-
-def random_crop(image, size):
-    """uint8 (3, size, size) from (3, H, W): a random part of the image, in half of all cases mirrored.
-
-    The distribution is that of v2.RandomResizedCrop and v2.RandomHorizontalFlip, which take 0.5 ms of a sample's 1.7.
-    This takes half of that: it draws plain numbers, not tensors, and lays out the crop as the resizing works fastest.
-    """
-    top, left, height, width = crop_box(*image.shape[1:])
-    crop = image[None, :, top : top + height, left : left + width].clone(memory_format=torch.channels_last)
-    image = nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
-    return image.flip(2) if random.random() < 0.5 else image
-
-
-def crop_box(height, width):
-    """(top, left, height, width) of 8 to 100 percent of an image, 3:4 to 4:3, as v2.RandomResizedCrop draws it."""
-    for _ in range(10):
-        area = height * width * random.uniform(0.08, 1)
-        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-        if 0 < h <= height and 0 < w <= width:
-            return random.randint(0, height - h), random.randint(0, width - w), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def channels_last(image):
-    """(H, W, 3) from (3, H, W): how the decoder laid it out in memory, and how the batch stays."""
-    return image.permute(1, 2, 0)
-
-
-# ---------------------------------------------------------------------------- who reads what
-
-
-def plan(lengths, epoch, seed, rank, world_size, worker, num_workers, batch_size):
-    """What a worker reads in an epoch: a list of (shard, first, last) in reading order, the samples first <= i < last.
-
-    The shards, in an order drawn from (seed, epoch), lie end to end. Each rank takes an equal stretch of the line, the
-    last one wrapping round to its start; epoch None is validation, in order and without wrapping. Each worker takes
-    a stretch of whole batches out of its rank's. The loader asks the workers in turn for a batch, so the stretch that
-    ends the rank's, with the short batch, goes to the worker whose turn comes last.
-    """
-    order, total = list(range(len(lengths))), sum(lengths)
-    if epoch is None:
-        first, end = total * rank // world_size, total * (rank + 1) // world_size
-    else:
-        random.Random(f"{seed} {epoch}").shuffle(order)
-        share = math.ceil(total / world_size)
-        first = rank * share % total
-        end = first + share
-    batches = math.ceil((end - first) / batch_size)
-    turns = [(batches + i) % num_workers for i in range(num_workers)]  # the workers in the order of their stretches
-    before = turns[: turns.index(worker)]
-    first += batch_size * sum(len(range(w, batches, num_workers)) for w in before)
-    end = min(end, first + batch_size * len(range(worker, batches, num_workers)))
-    pieces, start = [], 0
-    for shard in order + order:  # twice, for the stretch that wraps round
-        piece = (shard, max(first - start, 0), min(end - start, lengths[shard]))
-        if piece[1] < piece[2]:
-            pieces.append(piece)
-        start += lengths[shard]
-    return pieces
-
-
-def read_pieces(pieces, urls, lengths):
-    """The samples of the plan: {"__url__", "__key__", "image": bytes, "cls": bytes}, none of them decoded."""
-    for shard, first, last in pieces:
-        yield from makeshards.read_shard(urls[shard], first, last, lengths[shard])
-
-
-def find_shards(args, split):
-    """(urls, samples in each, seed) of a split, found or drawn by rank 0 and the same on all ranks."""
-    found = [None]
-    if args.rank == 0:
-        pattern, size = (args.trainshards, args.trainsize) if split == "train" else (args.valshards, args.valsize)
-        seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
-        try:
-            found = [(*makeshards.list_shards(args.shards, split, pattern, size), seed)]
-        except makeshards.DataError as error:  # for all ranks: they wait for what comes
-            found = [error]
-    if args.distributed:
-        dist.broadcast_object_list(found, device=args.device)
-    if isinstance(found[0], makeshards.DataError):
-        raise found[0]
-    return found[0]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,344 @@
+"""What README.md says is so: its commands run, its troubles come as its headings say, and what it names is there."""
+
+import http.server
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, error_of, load, run, run_command, summary
+from test_run import copy_project
+
+README = (ROOT / "README.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", README, re.M))
+FAST = "-a shufflenet_v2_x0_5 -b 16 -j 1 --epochs 1 --no-accel"
+HEADINGS = re.findall(r"^#### (.+)$", README, re.M)
+
+
+# ---------------------------------------------------------------------------- the commands
+
+
+def commands():
+    """{command: marked as needing what the tests have not} of those in the text, in its order."""
+    found = {}
+    for line in README.splitlines():
+        names = r"(?:\./run|ln|mkdir|srun|venv/bin/torchrun|python|diff)\b"
+        spans = [line.strip()] if re.match(rf"    {names}", line) else re.findall(rf"`({names} ?[^`]*)`", line)
+        for command in spans:
+            found[command] = found.get(command, False) or "†" in line or command.startswith("srun")
+    return found
+
+
+FORMS = {"./run", "./run SCRIPT.py ...", "python SCRIPT.py ...", "./run test"}  # no commands; and what runs this
+ELSEWHERE = {  # those that take long, and where they are run at a smaller size
+    "./run bench": ("test_run.py", 'run(made, "bench", "--only", "training"'),
+    "./run bench --quick": ("test_bench.py", '"--quick"'),
+    "./run bench --only loading --resized DIR": ("test_bench.py", '"--resized"'),
+    "./run bench --only loading --cold --decode tensor --images 1300 -b 64": ("test_bench.py", '"--cold"'),
+    "python tests/peers.py": ("../README.md", "which says what to install"),
+}
+PREPARED = {  # what a command needs that a reader has, in his words
+    "./run makeshards.py --index": "mkdir theirs && for i in 0 1 2; do cp shards/imagenet-train-00000$i.tar "
+    "theirs/imagenet1k-train-000$i.tar; done",
+    "./run makeshards.py --data ./pets": "cp -r data/. pets",
+    "./run makeshards.py --data ./data --shards DIR": "mkdir resized",
+}
+
+
+def adapted(command):
+    """The command for a smaller dataset and network; main() takes the last of options that are given twice."""
+    command = re.sub(r"\{(0+)\.\.\d+\}", lambda match: f"{{{match[1]}..{match[1][:-1]}2}}", command)
+    command = command.replace("--resize N --quality Q", "--resize 64 --quality 90").replace(
+        "--shards DIR", "--shards ."
+    )
+    if "main-" in command or "./run multi" in command:
+        command += f" {FAST}" + (" --image-size 32" if "orig.py" not in command else "")
+    return command
+
+
+def test_commands(tmp_path):
+    """As they are typed, one after the other, in a copy of the project that has nothing but the images."""
+    project, weights = copy_project(tmp_path), tmp_path / "torch/hub/checkpoints"
+    run("tests/sample.py", "--train", 6, "--val", 2, "--data", tmp_path / "imagenet", cwd=tmp_path)
+    weights.mkdir(parents=True)
+    env = {"PYTHON": sys.executable, "TORCH_HOME": str(tmp_path / "torch"), "PYTHONWARNINGS": "ignore"}
+    torchvision = load("main-wds.py").models
+    url = torchvision.get_model_weights("shufflenet_v2_x0_5").IMAGENET1K_V1.url
+    torch.save(torchvision.get_model("shufflenet_v2_x0_5").state_dict(), weights / url.rpartition("/")[2])
+    (project / "makeshards.py").write_text((ROOT / "makeshards.py").read_text().replace("default=1000", "default=20"))
+    done = []
+    for command, marked in commands().items():
+        if marked or command in FORMS or command in ELSEWHERE:
+            continue
+        text = adapted(command).replace("/data/imagenet", str(tmp_path / "imagenet"))
+        before = next((words for start, words in PREPARED.items() if command.startswith(start)), "true")
+        stdout, _ = run_command(["bash", "-euc", f"{before}\n{text}"], cwd=project, env=env)
+        trains = "main-" in command or "multi" in command
+        assert not trains or len(summary(stdout)) == (0 if "--resume" in command else 1), f"{text}\n{stdout}"
+        done.append(command)
+    assert len(done) >= 17, done
+    for name in ("ln -s /data/imagenet ./data", "./run makeshards.py", "./run multi -a resnet50", "./run diff"):
+        assert name in done
+
+
+def test_commands_that_are_run_elsewhere():
+    for command, (file, text) in ELSEWHERE.items():
+        assert command in commands(), command
+        assert text in (ROOT / "tests" / file).read_text(), command
+
+
+def test_commands_that_are_marked():
+    """Of hardware that the tests lack they have two processes of torchrun, and two nodes: see test_distributed.py."""
+    marked = [command for command, mark in commands().items() if mark]
+    assert len(marked) >= 4 and all("8" in c or "gpu" in c or "HOST" in c for c in marked), marked
+    script = re.search(r"^    #!/bin/bash\n(?:    .*\n)+", README, re.M)[0].replace("\n    ", "\n")
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    options = set(re.findall(r"--[a-z-]+", script.partition("main-wds.py")[0].partition("torchrun")[2]))
+    text = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True)
+    assert options and all(option in text.stdout.replace("_", "-") for option in options)
+
+
+def test_a_token(tmp_path):
+    """The recipe with curl: the server gets the line of token.txt, and gives nothing to those who have none."""
+    if not shutil.which("curl"):
+        pytest.skip("no curl")
+    recipe = re.search(r"`--trainshards '(pipe:curl [^']+)'", README)[1]
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if self.headers["Authorization"] == "Bearer abc":
+                return super().do_GET()
+            return self.send_error(401)
+
+    makeshards, server = load("makeshards.py"), http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    members = [makeshards.member("0.cls", b"1"), makeshards.member("0.jpg", b"image")]
+    (tmp_path / "imagenet-train-000000.tar").write_bytes(b"".join(members) + bytes(1024))
+    (tmp_path / "token.txt").write_text("Authorization: Bearer abc\n")
+    url = recipe.replace("https://HOST", f"http://127.0.0.1:{server.server_port}").replace(
+        "@token", f"@{tmp_path}/token"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1")
+        patch.setattr(makeshards, "PAUSES", ())
+        (url,) = makeshards.expand(re.sub(r"\{0+\.\.\d+\}", "000000", url))
+        assert [sample["image"] for sample in makeshards.read_shard(url, 0, 1, 1)] == [b"image"]
+        (tmp_path / "token.txt").write_text("Authorization: Bearer xyz\n")
+        with pytest.raises(makeshards.DataError, match="pipe:curl"):
+            list(makeshards.read_shard(url, 0, 1, 1))
+    server.shutdown()
+    server.server_close()
+
+
+# ---------------------------------------------------------------------------- the troubles
+
+
+def shards_error(*args):
+    return lambda folder: error_of("makeshards.py", *args, cwd=folder)
+
+
+def wds_error(*args, **env):
+    return lambda folder: error_of("main-wds.py", *FAST.split(), "--image-size", 32, *args, cwd=folder, env=env)
+
+
+def after(change, then):
+    """Spoil something in the folder, and then make the mistake."""
+
+    def make(folder):
+        change(folder)
+        return then(folder)
+
+    return make
+
+
+def move_a_class(folder):
+    (folder / "data/val/n90000001").rename(folder / "data/val/n90000099")
+
+
+def empty_an_image(folder):
+    next((folder / "data/train/n90000001").iterdir()).write_bytes(b"")
+
+
+def flatten(folder):
+    shutil.rmtree(folder / "data/train")
+    (folder / "data/train").mkdir()
+    (folder / "data/train/a.JPEG").write_bytes(b"")
+
+
+def hold(folder):
+    """Another run that writes to the same folder, as far as its lock goes."""
+    import fcntl
+
+    file = os.open(folder / "empty", os.O_RDONLY)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    HELD.append(file)
+
+
+HELD = []
+
+
+def rewrite(folder, change):
+    """The first training shard, of the members [(name, bytes)] that change() leaves of it."""
+    path, out = folder / "shards/imagenet-train-000000.tar", io.BytesIO()
+    with tarfile.open(path) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in change(members):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(out.getvalue())
+
+
+def cut(folder):
+    path = folder / "shards/imagenet-train-000000.tar"
+    path.write_bytes(path.read_bytes()[:-40_000])
+
+
+def spoil_an_image(members):
+    return [(name, b"no image" if name.endswith("jpg") else data) for name, data in members]
+
+
+def checkpoint(folder, **state):
+    """One of main-wds.py's, stopped within an epoch if its position says so."""
+    main_wds = load("main-wds.py")
+    net = main_wds.models.get_model("shufflenet_v2_x0_5")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30)
+    args = {"epoch": 0, "arch": "shufflenet_v2_x0_5", "state_dict": net.state_dict(), "best_acc1": 0.0}
+    more = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    torch.save({**args, **more, **state}, folder / "checkpoint.pth.tar")
+
+
+def stumble(folder):
+    """What a command says that fails once, and then gives the shard."""
+    shard, once = folder / "shards/imagenet-train-000000.tar", folder / "once"
+    command = f"if mkdir {once} 2>&-; then exit 7; fi; cat {shard}"
+    args = [*FAST.split(), "--image-size", 32, "--trainshards", f"pipe:{command}", "--trainsize", 30]
+    return run("main-wds.py", *args, "--valshards", "shards/imagenet-val-*.tar", cwd=folder)[1]
+
+
+def warning(folder):
+    many = 4 * (os.cpu_count() or 1)
+    return run(
+        "main-wds.py", *FAST.split(), "--image-size", 32, "-j", many, "--evaluate", cwd=folder,
+        env={"PYTHONWARNINGS": "default"},
+    )[1].replace(f"create {many} worker", "create 4 worker")  # fmt: skip
+
+
+RESUME = ["--resume", "checkpoint.pth.tar"]
+POSITION = {"step": 1, "seed": 0, "shards": [], "shuffle": 1000, "world_size": 1, "workers": 1, "batch_size": 16}
+TWO_RANKS = ["--multiprocessing-distributed", "--dist-url"]
+MISTAKES = {
+    "no such folder; make it first: mkdir …": shards_error("--shards", "./none"),
+    "must hold a folder of images for each class": after(flatten, shards_error("--shards", "empty")),
+    "train/ and val/ differ: …": after(move_a_class, shards_error("--shards", "empty")),
+    "not a readable image (…); fix it, and run this again": after(empty_an_image, shards_error("--shards", "empty")),
+    "its train shards are of another plan (…)": shards_error("--maxcount", 20),
+    "another run is writing to it; wait until it has ended": after(hold, shards_error("--shards", "empty")),
+    "no _info.json there that names train shards": wds_error("--shards", "empty"),
+    "no shard matches": wds_error("--valshards", "shards/imagenet-vall-*.tar"),
+    "remote and without an index; give --trainsize": wds_error("--trainshards", "pipe:cat none.tar"),
+    "… samples, but … were expected by its index or --trainsize": after(
+        lambda folder: rewrite(folder, lambda members: members[:-2]), wds_error()
+    ),
+    "broken after … of its … samples": after(cut, wds_error()),
+    "…: sample …: not a readable image": after(lambda folder: rewrite(folder, spoil_an_image), wds_error()),
+    "reading it again in 1 s": stumble,
+    "not a single-output classifier of torchvision; try …": wds_error("-a", "resnet5"),
+    ": it holds a …; add --arch …": after(lambda folder: checkpoint(folder, arch="resnet18"), wds_error(*RESUME)),
+    "no checkpoint of this script": wds_error("--resume", "data/.sample"),
+    "it stopped within an epoch, with …": after(
+        lambda folder: checkpoint(folder, position=POSITION), wds_error(*RESUME, "-j", 1)
+    ),
+    "… ranks but … training samples: start fewer processes": after(
+        lambda folder: shutil.copytree(folder / "shards", folder / "one"),
+        lambda folder: wds_error(
+            "--trainshards", "pipe:cat none.tar", "--trainsize", 1, *TWO_RANKS, f"file://{folder}/store"
+        )(folder),
+    ),
+    "the ranks can't meet": wds_error(*TWO_RANKS, "file:///none/store"),
+    "This DataLoader will create 4 worker processes": warning,
+}
+SHOWN_ELSEWHERE = {"lost another rank, which tells why, or was killed": "test_resume.py"}
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    """A copy of the small dataset and its shards, to be spoilt, and an empty folder."""
+    for name in ("data", "shards"):
+        shutil.copytree(small / name, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("heading", MISTAKES)
+def test_troubles(heading, folder):
+    """Each mistake made on purpose gives the text of its heading."""
+    assert re.search(re.escape(heading).replace("…", ".+"), MISTAKES[heading](folder))
+
+
+def test_headings():
+    """Each text that is printed is one that a test has seen, or stands in a script that prints it."""
+    texts = [re.match(r"`(.+)`( †)?$", heading) for heading in HEADINGS]
+    texts = {match[1]: match[2] for match in texts if match}
+    untested = {text for text, mark in texts.items() if text not in MISTAKES and not mark}
+    assert untested == set(SHOWN_ELSEWHERE) and not set(MISTAKES) - set(texts)
+    for text in SHOWN_ELSEWHERE:
+        assert text in (ROOT / "main-wds.py").read_text()
+
+
+# ---------------------------------------------------------------------------- what it names
+
+
+def test_sections():
+    """In the order of a reader's questions."""
+    wanted = ["Try it", "The lesson: what changes", "Make the shards", "Train", "The benchmark", "Remote shards"]
+    wanted += ["Interruptions, and resuming", "Read the shards with other libraries", "When something is wrong"]
+    assert list(SECTIONS) == [*wanted, "What it deliberately does not do", "How it compares"]
+
+
+def test_the_diff_is_what_it_prints():
+    """Seven small hunks, of which it prints all but the docstring's line for line, and then a pure addition."""
+    diff = subprocess.run(["diff", "main-orig.py", "main-wds.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    docstring, *small, addition = re.split(r"^(?=\d)", diff, flags=re.M)[1:]
+    assert "python main-wds.py" in docstring and len(small) == 6
+    assert re.match(r"\d+a\d+", addition) and "the shards" in addition.splitlines()[3]
+    printed = re.findall(r"^```diff\n(.*?)\n```$", SECTIONS["The lesson: what changes"], re.M | re.S)
+    assert printed == [hunk.partition("\n")[2].rstrip("\n") for hunk in small]
+
+
+def test_run_diff_has_a_word_on_each_hunk():
+    """And all of their lines."""
+    stdout, stderr = run_command([ROOT / "run", "diff"], cwd=ROOT, env={"PYTHON": sys.executable})
+    diff = subprocess.run(["diff", "main-orig.py", "main-wds.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    titles = re.findall(r"^=+ (\d)\. (.+) \(-\d+ \+\d+ lines\)$", stdout, re.M)
+    assert [int(number) for number, _ in titles] == list(range(1, 9)) and not stderr
+    lines = lambda text: [line.rstrip() for line in text.splitlines() if re.match("[<>-]", line)]  # noqa: E731
+    assert lines(stdout) == lines(diff)
+
+
+def test_links_and_files_that_it_names_are_there():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    titles = re.findall(r"^#+ (.+)$", README, re.M)
+    anchors = {"#" + re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    own = [link for link in links if not link.startswith("https://github.com/")]
+    assert own and all(link in anchors or (ROOT / link).exists() for link in own), own
+    scripts = set(re.findall(r"[\w-]+\.py\b", README))
+    assert scripts == {"main-orig.py", "main-wds.py", "makeshards.py", "SCRIPT.py", "peers.py"}
+    assert (ROOT / "tests/peers.py").exists()
+    names = set(re.findall(r"\./run ([a-z]+)\b(?!\.)", README)) - {"main", "makeshards"}
+    assert names <= set(re.findall(r"^cmd_(\w+)", (ROOT / "run").read_text(), re.M)), names
