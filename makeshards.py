@@ -660,7 +660,9 @@ def read_index(path):
     A name in it must be that of a file below it: it is opened, and one like pipe: would be run as a command.
     """
     try:
-        index = read_json(path) or {"splits": {}}
+        index = read_json(path)
+        if index is None:
+            return {"splits": {}}
         if path.endswith("sizes.json"):  # OpenCLIP's: {name: samples}
             entry = {"filenames": list(index), "shard_lengths": list(index.values())}
             index = {"splits": {"all": {**entry, "num_samples": sum(index.values())}}}

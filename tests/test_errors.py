@@ -76,7 +76,7 @@ def test_an_image_that_is_none(content, decode, copy):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (lambda split: split.update(num_samples=81), "num_samples 81"),
+        (lambda split: split.update(num_samples=81), "num_samples: 81"),
         (lambda split: split["shard_lengths"].append(1), "_info.json"),
         (lambda split: split.pop("filenames"), "filenames"),
         (lambda split: split.update(shard_lengths=[29, 31, 20]), "expected by its index"),

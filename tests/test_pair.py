@@ -1,20 +1,14 @@
 """The two training scripts are one text but for the loaders, and what is said about that is true."""
 
-import difflib
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, run
+from lesson import hunks
 
 ORIG, WDS = ((ROOT / name).read_text().splitlines() for name in ("main-orig.py", "main-wds.py"))
-
-
-def hunks():
-    """[(lines of main-orig.py, lines of main-wds.py that take their place)]"""
-    blocks = difflib.SequenceMatcher(None, ORIG, WDS, autojunk=False).get_opcodes()
-    return [(ORIG[a:b], WDS[c:d]) for tag, a, b, c, d in blocks if tag != "equal"]
 
 
 def functions(lines):
@@ -59,6 +53,25 @@ def test_the_loop_differs_in_the_loaders_only():
     ]
 
 
+def test_eight_hunks():
+    """Seven small ones, and then a pure addition."""
+    *small, (old, new) = hunks()
+    assert len(small) == 7 and all(len(a) + len(b) <= 21 for a, b in small)
+    assert not old and "# =====" in new[0] and "the shards" in new[0]
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py", "makeshards.py"])
+def test_help(script):
+    """In groups, and on a terminal of 80 columns each option in one line with its default."""
+    text, _ = run(script, "--help", cwd=ROOT, env={"COLUMNS": "80", "PYTHON_COLORS": "0"})
+    assert all(len(line) <= 80 for line in text.splitlines())
+    groups = re.split(r"^\S.*:\n", text.partition("\noptions:\n")[2], flags=re.M)
+    options = [line for group in groups[1:] for line in group.splitlines() if line]
+    assert len(groups) >= 4 and len(options) >= 12
+    for line in options:
+        assert re.match(r"  (-{1,2}[a-z].*|DIR) {2,}\S", line) and re.search(r"\(.+\)$", line), line
+
+
 def test_options_of_the_pair():
     """main-wds.py has all of main-orig.py's options, and those that the design names."""
     helps = [run(script, "--help", cwd=ROOT)[0] for script in ("main-orig.py", "main-wds.py")]
@@ -70,30 +83,6 @@ def test_options_of_the_pair():
     added += " checkpoint-steps"
     assert options[1] - options[0] == {f"--{name}" for name in added.split()}
     assert "DIR" in helps[0]
-
-
-def test_the_diff_is_what_the_readme_prints():
-    """Seven small hunks, of which README.md prints all but the docstring's line for line, and then a pure addition."""
-    readme = (ROOT / "README.md").read_text()
-    diff = subprocess.run(["diff", "main-orig.py", "main-wds.py"], cwd=ROOT, capture_output=True, text=True).stdout
-    docstring, *small, addition = re.split(r"^(?=\d)", diff, flags=re.M)[1:]
-    assert "python main-wds.py" in docstring and len(small) == 6
-    assert re.match(r"\d+a\d+", addition) and "the shards" in addition.splitlines()[3]
-    for hunk in small:
-        assert hunk.partition("\n")[2].rstrip("\n") in readme, hunk
-
-
-def test_links_and_files_that_the_readme_names_are_there():
-    readme = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\(([^)]+)\)", readme)
-    anchors = {"#" + title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", readme, re.M)}
-    own = [link for link in links if not link.startswith("https://github.com/")]
-    assert own and all(link in anchors or (ROOT / link).exists() for link in own)
-    scripts = set(re.findall(r"[\w-]+\.py\b", readme))
-    assert scripts == {"main-orig.py", "main-wds.py", "makeshards.py", "SCRIPT.py", "peers.py"}
-    assert "python tests/peers.py" in readme and (ROOT / "tests/peers.py").exists()
-    commands = set(re.findall(r"\./run ([a-z]+)\b(?!\.)", readme)) - {"main", "makeshards"}
-    assert commands <= set(re.findall(r"^cmd_(\w+)", (ROOT / "run").read_text(), re.M)), commands
 
 
 @pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py", "makeshards.py"])

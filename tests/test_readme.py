@@ -38,6 +38,7 @@ def commands():
 FORMS = {"./run", "./run SCRIPT.py ...", "python SCRIPT.py ...", "./run test"}  # no commands; and what runs this
 ELSEWHERE = {  # those that take long, and where they are run at a smaller size
     "./run bench": ("test_run.py", 'run(made, "bench", "--only", "training"'),
+    "./run bench --cold": ("test_bench.py", '"--cold"'),
     "./run bench --quick": ("test_bench.py", '"--quick"'),
     "./run bench --only loading --resized DIR": ("test_bench.py", '"--resized"'),
     "./run bench --only loading --cold --decode tensor --images 1300 -b 64": ("test_bench.py", '"--cold"'),
@@ -96,7 +97,7 @@ def test_commands_that_are_run_elsewhere():
 def test_commands_that_are_marked():
     """Of hardware that the tests lack they have two processes of torchrun, and two nodes: see test_distributed.py."""
     marked = [command for command, mark in commands().items() if mark]
-    assert len(marked) >= 4 and all("8" in c or "gpu" in c or "HOST" in c for c in marked), marked
+    assert len(marked) == 5 and all(re.search("8|gpu|HOST|srun", command) for command in marked), marked
     script = re.search(r"^    #!/bin/bash\n(?:    .*\n)+", README, re.M)[0].replace("\n    ", "\n")
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
@@ -150,8 +151,8 @@ def shards_error(*args):
     return lambda folder: error_of("makeshards.py", *args, cwd=folder)
 
 
-def wds_error(*args, **env):
-    return lambda folder: error_of("main-wds.py", *FAST.split(), "--image-size", 32, *args, cwd=folder, env=env)
+def wds_error(*args):
+    return lambda folder: error_of("main-wds.py", *FAST.split(), "--image-size", 32, *args, cwd=folder)
 
 
 def after(change, then):
@@ -249,7 +250,7 @@ MISTAKES = {
     "not a readable image (…); fix it, and run this again": after(empty_an_image, shards_error("--shards", "empty")),
     "its train shards are of another plan (…)": shards_error("--maxcount", 20),
     "another run is writing to it; wait until it has ended": after(hold, shards_error("--shards", "empty")),
-    "no _info.json there that names train shards": wds_error("--shards", "empty"),
+    "no _info.json there that names … shards": wds_error("--shards", "empty"),
     "no shard matches": wds_error("--valshards", "shards/imagenet-vall-*.tar"),
     "remote and without an index; give --trainsize": wds_error("--trainshards", "pipe:cat none.tar"),
     "… samples, but … were expected by its index or --trainsize": after(
@@ -270,7 +271,7 @@ MISTAKES = {
             "--trainshards", "pipe:cat none.tar", "--trainsize", 1, *TWO_RANKS, f"file://{folder}/store"
         )(folder),
     ),
-    "the ranks can't meet": wds_error(*TWO_RANKS, "file:///none/store"),
+    "the ranks can't meet": wds_error(*TWO_RANKS, "pigeon://here"),
     "This DataLoader will create 4 worker processes": warning,
 }
 SHOWN_ELSEWHERE = {"lost another rank, which tells why, or was killed": "test_resume.py"}
@@ -293,7 +294,7 @@ def test_troubles(heading, folder):
 
 def test_headings():
     """Each text that is printed is one that a test has seen, or stands in a script that prints it."""
-    texts = [re.match(r"`(.+)`( †)?$", heading) for heading in HEADINGS]
+    texts = [re.fullmatch(r"`([^`]+)`( †)?", heading) for heading in HEADINGS]
     texts = {match[1]: match[2] for match in texts if match}
     untested = {text for text, mark in texts.items() if text not in MISTAKES and not mark}
     assert untested == set(SHOWN_ELSEWHERE) and not set(MISTAKES) - set(texts)
@@ -327,7 +328,7 @@ def test_run_diff_has_a_word_on_each_hunk():
     diff = subprocess.run(["diff", "main-orig.py", "main-wds.py"], cwd=ROOT, capture_output=True, text=True).stdout
     titles = re.findall(r"^=+ (\d)\. (.+) \(-\d+ \+\d+ lines\)$", stdout, re.M)
     assert [int(number) for number, _ in titles] == list(range(1, 9)) and not stderr
-    lines = lambda text: [line.rstrip() for line in text.splitlines() if re.match("[<>-]", line)]  # noqa: E731
+    lines = lambda text: [line for line in text.splitlines() if re.match("[<>] .", line)]  # noqa: E731
     assert lines(stdout) == lines(diff)
 
 

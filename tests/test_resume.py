@@ -40,7 +40,7 @@ MARK = "TEST_RESUME_RUN"  # in the environment of a run's processes: torchrun's 
 
 def serve():
     """Fork a process for each request on stdin, a line of JSON, and print its number; or, asked for it, its status."""
-    for script in ("main-orig.py", "main-wds.py"):
+    for script in ("main-orig.py", "main-wds.py", "makeshards.py"):
         load(script)
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
@@ -61,12 +61,12 @@ def status_of(pid, timeout):
     return None
 
 
-def become(script, args, cwd, note):
+def become(script, args, cwd, note=False, output="."):
     """Do in this process what the command does; the ranks of --multiprocessing-distributed are forked, too."""
     os.setsid()
     os.chdir(cwd)
-    for number, name in enumerate((os.devnull, "out", "err")):
-        os.dup2(os.open(name, os.O_RDWR), number)
+    for number, name in enumerate((os.devnull, f"{output}/out", f"{output}/err")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
     sys.argv = [str(ROOT / script), *args]
     mp.spawn = functools.partial(mp.start_processes, start_method="fork")
     if script == "saves":
