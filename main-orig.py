@@ -56,6 +56,7 @@ def parse_args():
     add = parser.add_argument_group("data").add_argument
     add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
     add("--dummy", action="store_true", help="noise of ImageNet's size, without files (off)")
+    parser.usage += " [DIR]"
     add("data", metavar="DIR", nargs="?", default="imagenet", help="holds train/ and val/ (%(default)s)")
     add = parser.add_argument_group("training").add_argument
     add("-a", "--arch", default="resnet18", help="a classifier of torchvision (%(default)s)")

@@ -58,6 +58,7 @@ OPTIONS = ("maxcount", "seed", "filekey", "resize", "quality")  # what decides o
 MOST = {"maxcount": 10**9, "workers": 4096, "resize": 65535, "quality": 100}  # of the options that are numbers
 IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of the image in a sample; its class ends in cls
 QUALITY = 90  # of scaled images: at 4:4:4 it is smaller than 95 at 4:2:0, and as near to the original
+HTTP = ("http://", "https://")  # what urllib reads; webdataset's commands read other URLs
 PAUSES = (1, 2, 4, 8, 16)  # seconds before a remote file is read once more
 PATIENCE = 60  # seconds for which a server or a command may be silent
 # what a tar that lies or a server that stumbles may lead to
@@ -75,8 +76,8 @@ def parse_args():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = parser.add_argument_group("what to read and to write").add_argument
     add("--data", default="./data", metavar="DIR", help="folder that holds train/ and val/ (%(default)s)")
-    add("--shards", default="./shards", metavar="DIR", help="folder to write to, which must exist (%(default)s)")
-    add("--splits", default="train,val", metavar="LIST", help="splits to write (%(default)s)")
+    add("--shards", default="./shards", metavar="DIR", help="folder of the shards, which must exist (%(default)s)")
+    add("--splits", default="train,val", metavar="LIST", help="splits, divided by commas (%(default)s)")
     add("--check", action="store_true", help="first decode each image, and list all bad ones (off)")
     add("--workers", type=int, default=cores, metavar="N", help="processes (as many as cores: %(default)s)")
     add = parser.add_argument_group("what the shards are like").add_argument
@@ -560,30 +561,46 @@ def check_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_byte
     """
     keys, problems, data, files = [], [], b"", {key: file for key, *file in planned}
     try:
-        with open_stream(url) as stream:
-            data = stream.read()
+        data = read_whole(url)
         for sample in tar_samples(io.BytesIO(data)):
             keys.append(sample["__key__"])
             if what := fault(sample, files, num_classes, same_bytes):
                 problems.append(f"{url}: sample {keys[-1]} {what}")
         if length not in (None, len(keys)):
             problems.append(f"{url}: {count(len(keys), 'sample')}, but {length} by the index")
+        if data[-1024:] != bytes(1024):
+            raise ValueError("cut off in its end mark")
+    except DataError as error:
+        problems.append(str(error))
     except Exception as error:  # a broken tar may raise anything
-        gone = isinstance(error, FileNotFoundError) and error.filename == url
+        gone = getattr(error, "code", None) == 404 or (isinstance(error, FileNotFoundError) and error.filename == url)
         what = "no such shard" if gone else f"broken after {count(len(keys), 'sample')} ({first_line(error)})"
         problems.append(f"{url}: {what}")
     return len(keys), len(data), hashlib.sha256(data).hexdigest(), keys, problems
 
 
+def read_whole(url):
+    """The bytes of a shard; a remote one that breaks off is read again, after growing pauses."""
+    for pause in (None,) if is_local(url) else (*PAUSES, None):
+        try:
+            with open_stream(url) as stream:
+                return stream.read()
+        except (OSError, http.client.HTTPException) as error:
+            if pause is None or getattr(error, "code", None) == 404:
+                raise
+            retry(url, first_line(error), pause)
+
+
 def fault(sample, files, num_classes, same_bytes):
     """What is wrong with a sample, None if nothing; `files` are those of the folder, {key: (path, class)}, if any."""
-    label = int(sample["cls"]) if sample.get("cls", b"").strip().isdigit() else num_classes
+    image, cls = sample.get("image"), sample.get("cls") or b""
+    label = int(cls) if cls.strip().isdigit() else num_classes
     path, wanted = files.get(sample["__key__"], (None, None if files else label))
-    if "image" not in sample or label >= num_classes:
+    if image is None or label >= num_classes:
         return "does not hold one image and a class that there is"
     if label != wanted:
         return f"of class {label} is not one of the folder"
-    if path and same_bytes and sample["image"] != Path(path).read_bytes():
+    if path and same_bytes and image != Path(path).read_bytes():
         return f"does not hold the bytes of {path}"
     return None
 
@@ -603,8 +620,8 @@ def list_shards(folder, split, pattern=None, size=None):
         folder = folder.rstrip("/")
         entry = read_index(f"{folder}/{INDEX}")["splits"].get(INDEX_NAMES[split])
         if entry is None:
-            fail(f"--shards {folder}: no {INDEX} there that names {split} shards; write them with makeshards.py, or "
-                 f"give --{split}shards")  # fmt: skip
+            fail(f"--shards {folder}: no {INDEX} to be read there that names {split} shards; write them with "
+                 f"makeshards.py, or give --{split}shards")  # fmt: skip
         urls, lengths = [f"{folder}/{name}" for name in entry["filenames"]], entry["shard_lengths"]
     for url in urls:
         if is_local(url) and not os.path.isfile(url):
@@ -624,8 +641,11 @@ def expand(pattern):
         urls = expand_urls(pattern)
     except (ValueError, AssertionError) as error:  # of unbalanced braces, of unknown variables
         fail(f"{pattern}: {first_line(error)}")
-    names = [sorted(glob.glob(url)) if is_local(url) and glob.has_magic(url) else [url] for url in urls]
-    return [name for url, found in zip(urls, names, strict=True) for name in found or fail(f"{url}: no shard matches")]
+    found = []
+    for url in urls:
+        plain = os.path.exists(url) or not (is_local(url) and glob.has_magic(url))
+        found += [url] if plain else sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
+    return found
 
 
 def find_lengths(urls, split, size):
@@ -661,8 +681,6 @@ def read_index(path):
     """
     try:
         index = read_json(path)
-        if index is None:
-            return {"splits": {}}
         if path.endswith("sizes.json"):  # OpenCLIP's: {name: samples}
             entry = {"filenames": list(index), "shard_lengths": list(index.values())}
             index = {"splits": {"all": {**entry, "num_samples": sum(index.values())}}}
@@ -673,29 +691,33 @@ def read_index(path):
                 outside = name.startswith("/") or ":" in name or ".." in name.split("/")
                 if outside or not isinstance(length, int) or length < 0:
                     raise ValueError(f"{name!r}: {length!r}")
-            total = sum(dict(zip(names, lengths, strict=True)).values())  # less names that are there twice
+            total = sum(lengths)
             if entry["num_samples"] != total or (plan and plan["images"] != total):
                 raise ValueError(f"num_samples: {entry['num_samples']}, but the sum of shard_lengths is {total}")
+            if len(set(names)) < len(names):
+                raise ValueError("a name is there twice")
         return index
+    except FileNotFoundError:
+        return {"splits": {}}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"{path}: not an index of shards below it ({error!r}); take it away, or give another --shards")
+        fail(f"{path}: not an index of shards below it ({error!r}); write it anew, or take it away")
 
 
 def read_json(url):
-    """What the file at the path or URL holds, None if it is not there."""
+    """What the file at the path or URL holds; FileNotFoundError if it is not there, or a command does not give it."""
     for pause in (*PAUSES, None):
         try:
             with open_stream(url) as stream:
-                return json.loads(stream.read() or "null")
+                return json.loads(stream.read())
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if url.startswith("http") and getattr(error, "code", None) not in (403, 404):
+            if url.startswith(HTTP) and getattr(error, "code", None) not in (403, 404):
                 retry(url, first_line(error), pause)
             elif isinstance(error, ValueError):
                 raise
             elif is_local(url) and os.path.lexists(url):
                 fail(f"{url}: {first_line(error)}")
             else:
-                return None
+                raise FileNotFoundError(url) from None
 
 
 # ---------------------------------------------------------------------------- reading shards, for main-wds.py too
@@ -721,7 +743,7 @@ def read_shard(url, first, last, length):
                     set_options(stream, ignore_errors=False)
             if found == length:
                 return
-            what = f"{found} samples, but {length} were expected by its index or --trainsize"
+            what = f"{found} samples, but {length} were expected by its index or by the size given"
         except BROKEN as error:
             what = f"broken after {found} of its {length} samples ({first_line(error)})"
         retry(url, what, pause)
@@ -738,8 +760,9 @@ def retry(url, what, pause):
 def tar_samples(stream, first=0):
     """Each sample of a tar as {"__key__", "image": bytes, "cls": bytes}; of those before number `first`, the key alone.
 
-    A sample is the files, one after the other, that share a name up to the first dot. webdataset's own reader has no
-    way to skip samples undecoded, and takes a shard that was cut off between two files for a whole one.
+    A sample is the files, one after the other, that share a name up to the first dot. Where two of them are its image,
+    or its class, that is None. webdataset's own reader has no way to skip samples undecoded, and takes a shard that was
+    cut off between two files for a whole one.
     """
     sample, number = {}, -1
     mode = "r:" if isinstance(stream, (io.BufferedReader, io.BytesIO)) else "r|"  # a file is skipped through by seeking
@@ -756,11 +779,10 @@ def tar_samples(stream, first=0):
                 if sample:
                     yield sample
                 sample, number = {"__key__": key}, number + 1
-            if what in sample:
-                raise ValueError(f"sample {key} has more than one {what} file")
             if number >= first and what in ("image", "cls"):
                 tar.fileobj.seek(member.offset_data)  # a third faster than tar.extractfile
-                sample[what] = tar.fileobj.read(member.size)
+                data = tar.fileobj.read(member.size)
+                sample[what] = data if what not in sample else None  # two are as bad as none
         if sample:
             yield sample
         while rest := tar.fileobj.read(1 << 16):  # the padding; and so that a command in a pipe can end in peace
@@ -804,7 +826,7 @@ def open_stream(url):
 
     What is silent for PATIENCE seconds raises TimeoutError.
     """
-    if url.startswith(("http:", "https:")):
+    if url.startswith(HTTP):
         return urllib.request.urlopen(url, timeout=PATIENCE)
     if is_local(url):
         return open(url, "rb")
@@ -817,13 +839,15 @@ def open_stream(url):
     return stream
 
 
-def read_patiently(pipe, read, *size):
-    """What read(*size) gives of the command's output; TimeoutError if nothing comes in PATIENCE seconds."""
+def read_patiently(pipe, read, size=-1):
+    """That many bytes of the command's output, or all; TimeoutError if nothing comes in PATIENCE seconds."""
+    if size < 0:
+        return b"".join(iter(functools.partial(read_patiently, pipe, read, 1 << 16), b""))
     if not select.select([pipe.stream], [], [], PATIENCE)[0]:
         pipe.proc.kill()  # or closing it would wait for its end
         set_options(pipe, ignore_errors=True)
         raise TimeoutError(f"silent for {PATIENCE} s")
-    return read(*size)
+    return read(size)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,13 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # main-wds.py imports makeshards.py, which a script finds beside it
 
 
-def run(script, *args, cwd, status=0, env=None, timeout=300):
+def run(script, *args, cwd, status=0, env=None, timeout=300, typed=False):
     """Run a script of the project with this Python; returns (stdout, stderr) once the status is as expected.
 
-    makeshards.py is forked from a process that has imported it, as those are that refuse bad input: see test_resume.py.
-    In test_run.py and test_readme.py it is run as it is typed.
+    The three scripts are forked from a process that has imported them, which saves four seconds: see test_resume.py.
+    Where `typed`, and by test_run.py and test_readme.py, they are run as a user types them.
     """
-    if script == "makeshards.py" and not env:
+    if script in SCRIPTS and not env and not typed:
         return forked(script, *args, cwd=cwd, status=status, timeout=timeout)
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     env = {"PYTHONWARNINGS": "error", **(env or {})}  # so that no warning goes unseen
@@ -35,19 +37,45 @@ def run_command(command, *, cwd, status=0, env=None, timeout=300):
 
 
 def forked(script, *args, cwd, status=0, timeout=300):
-    """As run(), but without the four seconds that Python needs to import PyTorch."""
+    """As run(), without importing PyTorch anew."""
+    return forked_ranks(None, script, *args, cwd=cwd, status=status, timeout=timeout)
+
+
+def forked_ranks(ranks, script, *args, cwd, status=0, timeout=300):
+    """As many processes as torchrun would start, or one without its variables; what the first one tells."""
     if not SERVER:
         from test_resume import Server
 
         SERVER.append(Server())
+    server, environment = SERVER[0], {}
+    if ranks:
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks}
     with tempfile.TemporaryDirectory() as output:
-        request = {"script": script, "args": list(map(str, args)), "cwd": str(cwd), "output": output}
-        found = SERVER[0].ask(pid=SERVER[0].ask(**request), timeout=timeout)
-        stdout, stderr = (Path(output, name).read_text() for name in ("out", "err"))
-    assert found == status, f"{script} {args}\nstatus {found}\n{stdout}\n{stderr}"
+        pids = []
+        for rank in range(ranks or 1):
+            folder = Path(output, str(rank))
+            folder.mkdir()
+            if ranks:
+                environment |= {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+            env = {name: str(value) for name, value in environment.items()}
+            request = {"script": script, "args": list(map(str, args)), "cwd": str(cwd), "output": str(folder)}
+            pids.append(server.start(**request, env=env))
+        found = [server.ask(pid=pid, timeout=timeout) for pid in pids]
+        for pid, each in zip(pids, found, strict=True):
+            if each is None:
+                os.killpg(pid, signal.SIGKILL)
+        stdout, stderr = (Path(output, "0", name).read_text() for name in ("out", "err"))
+    assert found == [status] * len(pids), f"{script} {args}\nstatus {found}\n{stdout}\n{stderr}"
     return stdout, stderr
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+SCRIPTS = ("main-orig.py", "main-wds.py", "makeshards.py")
 SERVER = []  # which ends when this process does
 
 

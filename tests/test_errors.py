@@ -1,5 +1,6 @@
 """Bad input: one line on stderr that names the thing, exit status 2, no traceback (design section 6)."""
 
+import itertools
 import json
 import os
 import pickle
@@ -7,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import error_of, run
+from conftest import error_of, load, run
 from torchvision import models
 
 FAST = ["-a", "shufflenet_v2_x0_5", "-j", "2", "-b", "16", "--epochs", "1"]
@@ -37,6 +38,21 @@ def copy(small, tmp_path):
 )
 def test_options(script, args, expected, tmp_path):
     assert expected in error_of(script, *args, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_too_many_classes(script, copy, tmp_path):
+    for split, i in itertools.product(("train", "val"), range(991)):
+        (tmp_path / "data" / split / f"n{i:08}").mkdir()
+        shutil.copy(next((copy / "data/val/n90000001").iterdir()), tmp_path / "data" / split / f"n{i:08}")
+    args = [tmp_path / "data"] if script == "main-orig.py" else ["--dataset", "orig", "--data", tmp_path / "data"]
+    assert "1001 class folders, but the network has 1000 outputs" in error_of(script, *FAST, *args, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_an_image_that_has_gone(script):
+    with pytest.raises(load(script).DataError, match=r"none\.jpg: No such file"):
+        load(script).read_file("none.jpg")
 
 
 def test_folders(copy, tmp_path):

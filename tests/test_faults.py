@@ -28,10 +28,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_of, load, run, summary
+from conftest import ROOT, error_of, free_port, load, run, summary
 from faults import Hang, Server, retries
 from PIL import Image
-from test_distributed import free_port
 from test_shards import column, found_by, samples, tar, write_shards
 
 main_wds, makeshards = load("main-wds.py"), load("makeshards.py")
@@ -257,7 +256,7 @@ def indexed(url, monkeypatch, capfd, within):
 def test_a_server_without_an_index(server, monkeypatch, capfd, within):
     """Is taken at its word at once; one that answers nothing, or always wrongly, is asked three times."""
     message, told = indexed(f"{server.url}/none", monkeypatch, capfd, within)
-    assert message.startswith(f"--shards {server.url}/none: no _info.json there") and not told
+    assert message.startswith(f"--shards {server.url}/none: no _info.json to be read there") and not told
     assert server.asked == {"/none/_info.json": 1}
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

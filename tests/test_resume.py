@@ -21,9 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, load
+from conftest import ROOT, free_port, load
 from PIL import Image
-from test_distributed import free_port
 from test_shards import tar
 
 TRAIN, VAL = [30, 1, 29, 18], [40, 20]  # 78 samples: in batches of 4 a last one of 2, and for two ranks two of 3
@@ -61,9 +60,10 @@ def status_of(pid, timeout):
     return None
 
 
-def become(script, args, cwd, note=False, output="."):
+def become(script, args, cwd, env, note=False, output="."):
     """Do in this process what the command does; the ranks of --multiprocessing-distributed are forked, too."""
     os.setsid()
+    os.environ.update(env)
     os.chdir(cwd)
     for number, name in enumerate((os.devnull, f"{output}/out", f"{output}/err")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
@@ -109,6 +109,11 @@ class Server:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen([sys.executable, __file__], env=env, text=True, **pipes)
 
+    def start(self, **request):
+        """The process that does what become() says, with this one's environment as it is now."""
+        mine = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONWARNINGS")}
+        return self.ask(**{**request, "env": {**mine, **request.get("env", {})}})
+
     def ask(self, **request):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -121,14 +126,14 @@ class Run:
     The server starts it, or without one Python; `before` are then torchrun's arguments.
     """
 
-    def __init__(self, script, *args, cwd, server=None, note=False, before=()):
+    def __init__(self, script, *args, cwd, server=None, note=False, before=(), env=None):
         self.cwd, self.server, self.script, self.seen = cwd, server, script, set()
         cwd.mkdir(exist_ok=True)
         for name in ("out", "err"):
             (cwd / name).write_text("")
         args = [str(arg) for arg in args]
         if server:
-            self.pid = server.ask(script=script, args=args, cwd=str(cwd), note=note)
+            self.pid = server.start(script=script, args=args, cwd=str(cwd), note=note, env=env or {})
             return
         warnings = "error::DeprecationWarning,error::FutureWarning" if before else "error"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings, MARK: str(cwd)}
@@ -624,6 +629,28 @@ def test_a_rank_is_killed(script, start, folders, shards):
     _, (line,) = run.finish(status=1, lines=1)
     form = r"process \d terminated with signal SIGKILL, and so the others of this node were ended"
     assert re.fullmatch(rf"{script}: {form}", line)
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_a_rank_on_another_node_is_killed(script, start, folders, shards, tmp_path):
+    """As if the two were started by torchrun on two nodes: the other ends, soon, and one line says why."""
+    args = ["-a", "shufflenet_v2_x0_5", "-b", 4, "-j", 1, "-p", 1, "--no-accel", "--epochs", 90]
+    args += [folders] if script == "main-orig.py" else ["--shards", shards, "--image-size", 32]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    envs = [{**env, "RANK": str(rank), "LOCAL_RANK": "0"} for rank in (0, 1)]
+    runs = [start(*args, script=script, cwd=tmp_path / str(rank), env=envs[rank]) for rank in (0, 1)]
+    runs[0].until("^Epoch", count=2)
+    runs[1].kill(signal.SIGKILL)
+    _, (line,) = runs[0].finish(status=2, lines=1)
+    assert line.startswith(f"{script}: rank 0 lost another rank, which tells why, or was killed (")
+    assert runs[1].wait(20) == -signal.SIGKILL
+
+
+def test_ctrl_c_of_the_original(start, folders):
+    """Status 130, and no traceback."""
+    args = ["-a", "shufflenet_v2_x0_5", "-b", 4, "-j", 0, "-p", 1, "--no-accel", folders]
+    run = start(*args, script="main-orig.py").until("^Epoch", count=2).kill(signal.SIGINT)
+    run.finish(status=128 + signal.SIGINT)
 
 
 def test_a_rank_of_torchrun_is_killed(start, shards):

@@ -312,7 +312,7 @@ def test_sources_of_lengths(index, listed, tmp_path):
         if index == "sizes.json":
             sizes = {f"imagenet1k-train-{i:04}.tar": length + 1 for i, length in enumerate(TRAIN)}
             (tmp_path / "sizes.json").write_text(json.dumps(sizes))
-        with pytest.raises(DataError, match=r"no _info\.json there.*--trainshards"):  # sizes.json has no splits
+        with pytest.raises(DataError, match=r"no _info\.json to be read there.*--trainshards"):  # sizes.json has none
             listed("--shards", tmp_path)
     base, more = f"{tmp_path}/imagenet1k-train-", index == "sizes.json"
     for pattern in (f"{base}{{0000..0004}}.tar", f"{base}*.tar", f"{base}{{0000..0001}}.tar::{base}000[2-4].tar"):
@@ -328,7 +328,7 @@ def test_remote_shards(listed, served, tmp_path):
     assert list(listed("--shards", served).values()) == TRAIN
     assert list(listed("--trainshards", pattern).values()) == [17, 16]
     (tmp_path / "_info.json").unlink()
-    with pytest.raises(DataError, match=r"no _info\.json there"):
+    with pytest.raises(DataError, match=r"no _info\.json to be read there"):
         listed("--shards", served)
     with pytest.raises(DataError, match=r"train-0003\.tar: .*--trainsize"):
         listed("--trainshards", pattern)
@@ -366,9 +366,20 @@ def test_an_index_is_no_command(name, listed, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_members_that_are_twice(tmp_path):
+    """Two images, or two classes: neither is taken for the right one. So is one that is missing."""
+    two = [("1.jpg", b"a"), ("1.png", b"b"), ("1.cls", b"0")]
+    for members in (two, [*two[1:], ("1.CLS", b"1")], two[:1], two[2:]):
+        (tmp_path / "a.tar").write_bytes(tar(members))
+        (sample,) = makeshards.read_shard(f"{tmp_path}/a.tar", 0, 1, 1)
+        with pytest.raises(main_wds.DataError, match="sample 1 does not hold one image and one class"):
+            main_wds.Shards.decode(None, sample)
+
+
 WRONG = [
     '{"splits": {"train"', '["train"]', '{"splits": {"validation": {}}}', {"filenames": None}, {"shard_lengths": [3]},
     {"shard_lengths": [4, -1]}, {"shard_lengths": [None, 3]}, {"num_samples": 4}, {"filenames": ["a.tar", "a.tar"]},
+    {"filenames": ["a.tar", "a.tar"], "shard_lengths": [2, 2], "num_samples": 4}, "null", "",
     {"filenames": ["a.tar", "gone.tar"]}, {"num_samples": 0, "shard_lengths": [0, 0]},
 ]  # fmt: skip
 
@@ -382,9 +393,22 @@ def test_a_wrong_index(change, listed, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.tar").write_bytes(tar([]))
     said = "gone.tar: no such" if "gone" in text else "no samples" if "[0, 0]" in text else "_info.json: not an index"
-    said = "no _info.json there that names train shards" if "validation" in text else said
+    said = "no _info.json to be read there that names train shards" if "validation" in text else said
     with pytest.raises(DataError, match=f"{tmp_path}.*{said}"):
         listed("--shards", tmp_path)
+
+
+def test_names_that_look_like_others(listed, tmp_path):
+    """A file with brackets in its name is no glob, and a folder http... no server."""
+    for name in ("httpshards", "x[1]"):
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, train=TRAIN, validation=VAL)
+    assert list(listed("--trainshards", f"{tmp_path}/x[1]/imagenet1k-train-0003.tar").values()) == [17]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert list(listed("--shards", "httpshards").values()) == TRAIN
+        with pytest.raises(DataError, match="no _info"):
+            listed("--shards", "httpnone")
 
 
 NAMES = ["train-{0..2.tar", "${NOT_SET}.tar", "none-*.tar", "train-7.tar", "text.tar", "cut.tar"]
