@@ -1,6 +1,9 @@
 """What README.md says is so: its commands run, its troubles come as its headings say, and what it names is there."""
 
+import argparse
+import functools
 import http.server
+import importlib.util
 import io
 import os
 import re
@@ -42,7 +45,7 @@ ELSEWHERE = {  # those that take long, and where they are run at a smaller size
     "./run bench --quick": ("test_bench.py", '"--quick"'),
     "./run bench --only loading --resized DIR": ("test_bench.py", '"--resized"'),
     "./run bench --only loading --cold --decode tensor --images 1300 -b 64": ("test_bench.py", '"--cold"'),
-    "python tests/peers.py": ("../README.md", "which says what to install"),
+    "python tests/peers.py": ("test_readme.py", "def test_peers(small, tmp_path)"),
 }
 PREPARED = {  # what a command needs that a reader has, in his words
     "./run makeshards.py --index": "mkdir theirs && for i in 0 1 2; do cp shards/imagenet-train-00000$i.tar "
@@ -88,6 +91,41 @@ def test_commands(tmp_path):
         assert name in done
 
 
+def test_peers(small, tmp_path):
+    """What it compares is the same images: ours, which need no other packages. Without them it says what to install."""
+    peers = load_path("tests/peers.py")
+    args = argparse.Namespace(data=str(small / "data"), shards=str(small / "shards"), images=100)
+    plan = peers.make_plan(args)
+    assert len(plan["samples"]) >= 100 and len(plan["urls"]) == len(plan["lengths"]) == 6
+    assert {path for path, _ in plan["samples"]} == {str(path) for path in (small / "data/train").glob("*/*")}
+    assert "--shards" in run("tests/peers.py", "--help", cwd=tmp_path)[0]
+
+
+def load_path(name):
+    spec = importlib.util.spec_from_file_location("peers", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_loop_of_ones_own(small, tmp_path):
+    """The lines that the README has for it, in a script beside the two, with their options."""
+    (code,) = re.findall(r"^```python\n(import importlib\n.*?)^```", README, re.M | re.S)
+    (tmp_path / "own.py").write_text(code)
+    for name in ("main-wds.py", "makeshards.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for workers in (0, 2):
+        args = ["--shards", small / "shards", "--image-size", 32, "-b", 30, "--epochs", 2, "--no-accel", "-j", workers]
+        stdout, stderr = run(tmp_path / "own.py", *args, cwd=tmp_path)
+        assert stdout.splitlines() == [f"epoch {e}: {n} images on cpu" for e in (0, 1) for n in (30, 30, 20)]
+        assert stderr == ""
+
+
+def test_no_number_is_missing():
+    """A place that was left for a figure."""
+    assert not re.search(r"\b(TODO|XXX|MINUTES)\b", README)
+
+
 def test_commands_that_are_run_elsewhere():
     for command, (file, text) in ELSEWHERE.items():
         assert command in commands(), command
@@ -97,7 +135,7 @@ def test_commands_that_are_run_elsewhere():
 def test_commands_that_are_marked():
     """Of hardware that the tests lack they have two processes of torchrun, and two nodes: see test_distributed.py."""
     marked = [command for command, mark in commands().items() if mark]
-    assert len(marked) == 5 and all(re.search("8|gpu|HOST|srun", command) for command in marked), marked
+    assert len(marked) >= 5 and all(re.search("8|gpu|HOST|srun", command) for command in marked), marked
     script = re.search(r"^    #!/bin/bash\n(?:    .*\n)+", README, re.M)[0].replace("\n    ", "\n")
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
@@ -173,10 +211,10 @@ def empty_an_image(folder):
     next((folder / "data/train/n90000001").iterdir()).write_bytes(b"")
 
 
-def flatten(folder):
-    shutil.rmtree(folder / "data/train")
-    (folder / "data/train").mkdir()
-    (folder / "data/train/a.JPEG").write_bytes(b"")
+def flatten(folder, split="train"):
+    shutil.rmtree(folder / "data" / split)
+    (folder / "data" / split).mkdir()
+    (folder / "data" / split / "a.JPEG").write_bytes(b"")
 
 
 def hold(folder):
@@ -246,14 +284,17 @@ TWO_RANKS = ["--multiprocessing-distributed", "--dist-url"]
 MISTAKES = {
     "no such folder; make it first: mkdir …": shards_error("--shards", "./none"),
     "must hold a folder of images for each class": after(flatten, shards_error("--shards", "empty")),
+    "no class folders; move its images into a folder for each class": after(
+        functools.partial(flatten, split="val"), shards_error("--shards", "empty")
+    ),
     "train/ and val/ differ: …": after(move_a_class, shards_error("--shards", "empty")),
     "not a readable image (…); fix it, and run this again": after(empty_an_image, shards_error("--shards", "empty")),
     "its train shards are of another plan (…)": shards_error("--maxcount", 20),
     "another run is writing to it; wait until it has ended": after(hold, shards_error("--shards", "empty")),
-    "no _info.json there that names … shards": wds_error("--shards", "empty"),
+    "no _info.json to be read there that names … shards": wds_error("--shards", "empty"),
     "no shard matches": wds_error("--valshards", "shards/imagenet-vall-*.tar"),
     "remote and without an index; give --trainsize": wds_error("--trainshards", "pipe:cat none.tar"),
-    "… samples, but … were expected by its index or --trainsize": after(
+    "… samples, but … were expected by its index or by the size given": after(
         lambda folder: rewrite(folder, lambda members: members[:-2]), wds_error()
     ),
     "broken after … of its … samples": after(cut, wds_error()),
@@ -265,12 +306,9 @@ MISTAKES = {
     "it stopped within an epoch, with …": after(
         lambda folder: checkpoint(folder, position=POSITION), wds_error(*RESUME, "-j", 1)
     ),
-    "… ranks but … training samples: start fewer processes": after(
-        lambda folder: shutil.copytree(folder / "shards", folder / "one"),
-        lambda folder: wds_error(
-            "--trainshards", "pipe:cat none.tar", "--trainsize", 1, *TWO_RANKS, f"file://{folder}/store"
-        )(folder),
-    ),
+    "… ranks but … training samples: start fewer processes": lambda folder: wds_error(
+        "--trainshards", "pipe:cat none.tar", "--trainsize", 1, *TWO_RANKS, f"file://{folder}/store"
+    )(folder),
     "the ranks can't meet": wds_error(*TWO_RANKS, "pigeon://here"),
     "This DataLoader will create 4 worker processes": warning,
 }

@@ -376,8 +376,9 @@ def test_members_that_are_twice(tmp_path):
             main_wds.Shards.decode(None, sample)
 
 
+NO_TRAIN = '{"splits": {"validation": {"num_samples": 0, "filenames": [], "shard_lengths": []}}}'
 WRONG = [
-    '{"splits": {"train"', '["train"]', '{"splits": {"validation": {}}}', {"filenames": None}, {"shard_lengths": [3]},
+    '{"splits": {"train"', '["train"]', NO_TRAIN, {"filenames": None}, {"shard_lengths": [3]},
     {"shard_lengths": [4, -1]}, {"shard_lengths": [None, 3]}, {"num_samples": 4}, {"filenames": ["a.tar", "a.tar"]},
     {"filenames": ["a.tar", "a.tar"], "shard_lengths": [2, 2], "num_samples": 4}, "null", "",
     {"filenames": ["a.tar", "gone.tar"]}, {"num_samples": 0, "shard_lengths": [0, 0]},
