@@ -625,12 +625,9 @@ class Shards(IterableDataset):
         epoch = None if self.start[0] < 0 else int(self.start[0])
         return plan(self.lengths, epoch, self.seed, self.rank, self.world_size, worker, num_workers, self.batch_size)
 
-    def num_samples(self):
-        all_samples = sum(last - first for _, first, last in self.pieces(0, 1))
-        return max(all_samples - int(self.start[1]) * self.batch_size, 0)
-
     def __len__(self):
-        return math.ceil(self.num_samples() / self.batch_size)
+        samples = sum(last - first for _, first, last in self.pieces(0, 1))
+        return max(math.ceil(samples / self.batch_size) - int(self.start[1]), 0)
 
     def __iter__(self):
         if not len(self):  # resumed after the epoch's last batch
@@ -829,7 +826,7 @@ class DeviceLoader:
         return len(self.sampler) if isinstance(self.sampler, Shards) else len(self.loader)
 
     def __iter__(self):
-        return self.ahead() if self.stream else map(self.bring, self.loader)
+        yield from self.ahead() if self.stream else map(self.bring, self.loader)
 
     def ahead(self):
         """The batches, each handed out once the copy of the next one has begun."""

@@ -16,6 +16,7 @@ split, so that a shard is itself a random sample. The same folders and options g
 workers; with --resize, the same version of Pillow too.
 
 A shard gets its name when it is whole, and the index is written last; until then .train.json tells what is there.
+The last two sections, on finding and reading shards, are main-wds.py's as much as this script's.
 """
 
 import argparse
