@@ -70,6 +70,29 @@ def test_bytes_become_what_the_original_normalises(args):
 
 
 @pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
+def test_which_device(script, args, monkeypatch):
+    """As torch.accelerator tells of a machine with two GPUs, one with Apple's, and one with none."""
+    module, chosen = load(script), []
+
+    def pick(local_rank, kind="cuda", count=2, **more):
+        for name, value in {"no_accel": False, "gpu": None, "multiprocessing_distributed": False, **more}.items():
+            setattr(args, name, value)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(count))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+        monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+        return str(module.pick_device(local_rank, args))
+
+    assert [pick(0), pick(1), pick(2), pick(0, gpu=1)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert chosen == [0, 1, 0, 1]
+    assert pick(1, gpu=0, multiprocessing_distributed=True) == "cuda:1"
+    assert [pick(0, count=0), pick(0, no_accel=True), pick(0, "mps", 1, distributed=True)] == ["cpu"] * 3
+    assert pick(0, "mps", 1, distributed=False) == "mps:0"
+    with pytest.raises(module.DataError, match="--gpu 2: this machine has 2, numbered from 0"):
+        pick(0, gpu=2)
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
 def test_a_step_reads_nothing_from_the_device(script, args, monkeypatch, capsys):
     """Loss and accuracy are read when they are printed, here at the first of the steps alone."""
     module, reads = load(script), []

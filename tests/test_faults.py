@@ -173,6 +173,20 @@ def test_a_command_that_falls_silent(tmp_path, monkeypatch, capfd):
     assert processes(f"{tmp_path}") == []
 
 
+def test_a_command_that_is_read_as_a_whole(tmp_path, monkeypatch, capfd):
+    """As an index, or a shard that is counted: it may not fall silent either, once it has begun."""
+    monkeypatch.setattr(makeshards, "PATIENCE", 1)
+    monkeypatch.setattr(makeshards, "PAUSES", (0,))
+    (tmp_path / "a").write_bytes(bytes(200_000))
+    assert makeshards.read_whole(f"pipe:cat {tmp_path}/a") == bytes(200_000)
+    begun = f"pipe:if mkdir {tmp_path}/once 2>&-; then head -c 9 {tmp_path}/a; exec sleep 30; fi; exec cat {tmp_path}/a"
+    assert makeshards.read_whole(begun) == bytes(200_000)
+    assert "silent for 1 s; reading it again" in capfd.readouterr().err
+    with pytest.raises(TimeoutError):
+        makeshards.read_whole("pipe:printf 1; exec sleep 30")
+    assert processes(f"{tmp_path}/") == []
+
+
 # ---------------------------------------------------------------------------- the network that comes of it
 
 

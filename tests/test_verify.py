@@ -353,6 +353,12 @@ def test_no_index_but_something_else(text, copy, call):
     assert "_info.json: not an index" in refusal(call, "--verify", "--splits", "train", cwd=copy)
 
 
+def test_a_folder_for_an_index(copy, call):
+    (copy / "shards/_info.json").unlink()
+    (copy / "shards/_info.json").mkdir()
+    assert "_info.json: [Errno 21] Is a directory" in refusal(call, "--verify", cwd=copy)
+
+
 def test_no_index(copy, call):
     (copy / "shards/_info.json").write_text('{"splits": {}}')
     assert "_info.json there that names train shards" in refusal(call, "--verify", cwd=copy)
@@ -574,6 +580,12 @@ def test_index_of_a_broken_shard(case, copy, call):
     os.unlink(copy / "shards/_info.json")
     line = refusal(call, "--index", "shards/imagenet-val-00000{0..2}.tar", cwd=copy)
     assert f"shards/{VAL[1]}: " in line and ("sample 0000004" in line) == (case in ("no class", "no image"))
+
+
+def test_an_unknown_scheme(theirs, call):
+    """Once, and not as a broken shard."""
+    error = refusal(call, "--index", "nowhere://theirs/train-0.tar", "--shards", "theirs", cwd=theirs.parent)
+    assert "no gopen handler" in error and "broken" not in error
 
 
 def test_wrong_patterns(theirs, call):
