@@ -505,7 +505,8 @@ def load_checkpoint(args, net, optimizer, scheduler):
         weights = {name.replace("module.", ""): value for name, value in state["state_dict"].items()}
         arch, others = state["arch"], (state["optimizer"], state["scheduler"])
     except Exception as error:  # torch.load raises nearly anything on a file that is no checkpoint
-        fail(f"--resume {args.resume}: no checkpoint of this script ({first_line(error)})")
+        what = first_line(error).partition(". ")[0]  # without advice to run what the file may hold
+        fail(f"--resume {args.resume}: no checkpoint of this script ({what})")
     if arch != args.arch:
         fail(f"--resume {args.resume}: it holds a {arch}; add --arch {arch}")
     try:

@@ -245,10 +245,12 @@ def find_flat_images(args, folder):
 
 
 def one_list_of_classes(args, found):
+    differing = []
     for one, other in itertools.permutations(found, 2):
         if only := sorted(set(found[one][1]).difference(found[other][1])):
-            few, number = ", ".join(only[:5]), count(len(only), "class folder")
-            fail(f"--data {args.data}: train/ and val/ differ: {one}/ alone has {number}, as {few}")
+            differing.append(f"{one}/ alone has {count(len(only), 'class folder')}, as {', '.join(only[:5])}")
+    if differing:
+        fail(f"--data {args.data}: train/ and val/ differ: {'; '.join(differing)}")
     return next(iter(found.values()))[1]
 
 
@@ -364,7 +366,9 @@ def write(args, pool):
     classes = one_list_of_classes(args, found)
     index = read_index(os.path.join(args.shards, INDEX))
     if index["splits"] and index.get("classes") != classes:
-        fail(f"--shards {args.shards}: its shards are of other classes; give another --shards")
+        fail(
+            f"--shards {args.shards}: its shards are of other classes than --data {args.data}; give another of the two"
+        )
     index["classes"] = classes
     plans = {split: plan_split(args, split, *found[split]) for split in args.splits}
     for split, (entry, _) in plans.items():
@@ -616,7 +620,6 @@ def list_shards(folder, split, pattern=None, size=None):
     """
     if pattern:
         urls = expand(pattern)
-        lengths = find_lengths(urls, split, size)
     else:
         folder = folder.rstrip("/")
         entry = read_index(f"{folder}/{INDEX}")["splits"].get(INDEX_NAMES[split])
@@ -627,6 +630,8 @@ def list_shards(folder, split, pattern=None, size=None):
     for url in urls:
         if is_local(url) and not os.path.isfile(url):
             fail(f"{url}: no such shard, though --{split}shards or the index names it")
+    if pattern:
+        lengths = find_lengths(urls, split, size)
     if not sum(lengths):
         fail(f"{pattern or folder}: no samples in its {split} shards")
     return urls, lengths
@@ -652,7 +657,8 @@ def expand(pattern):
 def find_lengths(urls, split, size):
     """Samples in each shard of a pattern; see list_shards."""
     known = {}
-    for folder in {url[: url.rfind("/") + 1] for url in urls if not url.startswith("pipe:")}:
+    indexed = [url for url in urls if is_local(url) or (size is None and not url.startswith("pipe:"))]
+    for folder in {url[: url.rfind("/") + 1] for url in indexed}:
         for index in (read_index(folder + name) for name in ("sizes.json", INDEX)):
             for entry in index["splits"].values():
                 known |= zip([folder + name for name in entry["filenames"]], entry["shard_lengths"], strict=True)
@@ -692,16 +698,17 @@ def read_index(path):
                 outside = name.startswith("/") or ":" in name or ".." in name.split("/")
                 if outside or not isinstance(length, int) or length < 0:
                     raise ValueError(f"{name!r}: {length!r}")
-            total = sum(lengths)
-            if entry["num_samples"] != total or (plan and plan["images"] != total):
-                raise ValueError(f"num_samples: {entry['num_samples']}, but the sum of shard_lengths is {total}")
+            totals = [entry["num_samples"], sum(lengths), plan["images"] if plan else sum(lengths)]
+            if len(set(totals)) > 1:
+                raise ValueError("num_samples: {}, but the sum of shard_lengths is {}, for {} images".format(*totals))
             if len(set(names)) < len(names):
                 raise ValueError("a name is there twice")
         return index
     except FileNotFoundError:
         return {"splits": {}}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"{path}: not an index of shards below it ({error!r}); write it anew, or take it away")
+        what = f"{type(error).__name__}: {first_line(error)}"
+        fail(f"{path}: not an index of shards below it ({what}); take it away, and write another with --index")
 
 
 def read_json(url):
@@ -742,12 +749,11 @@ def read_shard(url, first, last, length):
                     if found == last < length:
                         return
                     set_options(stream, ignore_errors=False)
-            if found == length:
-                return
-            what = f"{found} samples, but {length} were expected by its index or by the size given"
+            break
         except BROKEN as error:
-            what = f"broken after {found} of its {length} samples ({first_line(error)})"
-        retry(url, what, pause)
+            retry(url, f"broken after {found} of its {length} samples ({first_line(error)})", pause)
+    if found != length:
+        fail(f"{url}: {found} samples, but {length} were expected by its index or by the size given")
 
 
 def retry(url, what, pause):

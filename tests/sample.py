@@ -175,7 +175,7 @@ def remove_sample(args):
     if os.path.isfile(mark) and not os.path.islink(args.data):
         with open(mark) as file:
             counts = [int(word) for word in file.read().split()[:2]]
-        remove(args.data, [path for path, _ in file_names(*counts)] + ["meta.bin", MARK])
+        remove(args.data, [path for path, _ in file_names(*counts)] + ["meta.bin"])
 
 
 def names_of_shards(folder):
@@ -193,11 +193,17 @@ def remove(folder, names):
     for name in names:
         if os.path.exists(os.path.join(folder, name)):
             os.unlink(os.path.join(folder, name))
+    others = [os.path.join(parent, name) for parent, _, found in os.walk(folder) for name in found if name != MARK]
+    if not others and os.path.exists(os.path.join(folder, MARK)):  # it stays as long as there is something left to do
+        os.unlink(os.path.join(folder, MARK))
     for parent in sorted({os.path.dirname(name) for name in names} | {"train", "val", ""}, key=len, reverse=True):
         path = os.path.join(folder, parent)
         if os.path.isdir(path) and not os.listdir(path):
             os.rmdir(path)
-    print(f"{folder}: {'kept, for it holds other files too' if os.path.exists(folder) else 'removed'}")
+    kept = (
+        f"the sample is gone, but {others[0]} is not of it; take that away, and run this again" if others else "removed"
+    )
+    print(f"{folder}: {kept}")
 
 
 def main():

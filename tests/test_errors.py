@@ -127,6 +127,7 @@ class Malicious:
 
 
 def test_a_pickle_that_would_run_something_is_not_run(small, tmp_path):
+    """Nor is it advised to run it, as PyTorch's own message does."""
     (tmp_path / "evil.tar").write_bytes(pickle.dumps({"epoch": Malicious()}))
     assert "evil.tar" in error_of("main-orig.py", *FAST, small / "data", "--resume", "evil.tar", cwd=tmp_path)
     assert not (tmp_path / "pwned").exists()

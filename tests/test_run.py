@@ -233,9 +233,15 @@ def test_clean(made):
 
 @pytest.mark.parametrize("name", ["data/train/n90000001/own.JPEG", "data/own.txt", "shards/own.tar"])
 def test_clean_leaves_your_files(name, made):
+    """And says which; once they are away it does the rest."""
     (made / name).write_text("mine")
-    assert run(made, "clean")[1] == ""
-    assert [path for path in (*made.glob("data/**/*"), *made.glob("shards/*")) if path.is_file()] == [made / name]
+    stdout, stderr = run(made, "clean")
+    assert f"./{name} is not of it" in stdout and stderr == ""
+    files = [path for path in (*made.glob("data/**/*"), *made.glob("shards/*")) if path.is_file()]
+    assert [path for path in files if path.name != ".sample"] == [made / name]
+    (made / name).unlink()
+    run(made, "clean")
+    assert not (made / "data").exists()
 
 
 @pytest.mark.parametrize("kind", ["data link", "data alone", "shards link", "shards other", "shards hub", "shards []"])

@@ -412,6 +412,15 @@ def test_names_that_look_like_others(listed, tmp_path):
             listed("--shards", "httpnone")
 
 
+def test_more_than_one_tar(tmp_path):
+    """Or a block of zeros in its midst: what follows is not left out in silence, not even where nothing is known."""
+    whole = tar(samples(range(3), b"%d" * 300))
+    for broken in (whole + whole, whole[:2048] + bytes(1024) + whole[2048:]):
+        (tmp_path / "a.tar").write_bytes(broken)
+        with pytest.raises(DataError, match=r"a\.tar: not a whole shard \(what follows its end is not empty"):
+            makeshards.count_samples(f"{tmp_path}/a.tar")
+
+
 NAMES = ["train-{0..2.tar", "${NOT_SET}.tar", "none-*.tar", "train-7.tar", "text.tar", "cut.tar"]
 
 

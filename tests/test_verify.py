@@ -553,7 +553,7 @@ def test_index_of_our_own_shards(copy, call):
                 dict(zip(TRAIN + VAL, [3, 3, 2] * 2, strict=True)))  # fmt: skip
     stdout, _ = call("makeshards.py", "--verify", cwd=copy)
     assert stdout.splitlines()[-2:] == ["val: 3 shards, 8 samples, compared with the index", "nothing is wrong"]
-    assert "give another --shards" in refusal(call, "--maxcount", 3, cwd=copy)
+    assert "of other classes" in refusal(call, "--maxcount", 3, cwd=copy)
 
 
 BAD = {  # name: (the shard's bytes, or its members; [what the line says])
