@@ -886,7 +886,7 @@ class TrainLoader(DeviceLoader):
 
     def stop(self, number):
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, lambda *_: None)  # with SIG_IGN, Python would complain of one that came with the first
         if self.args.rank == 0:
             script, name = os.path.basename(sys.argv[0]), signal.Signals(number).name
             sys.stderr.write(f"{script}: stopped by {name}; {self.way_on}\n")

@@ -304,10 +304,11 @@ def lines(folder, rank=0):
 def stopped(run, number, alone=False):
     """(epoch, step) at which it stopped, which must be what its one line, its checkpoint and its batches say.
 
-    The process that has started the ranks passes a SIGINT that it alone has got on to them as SIGTERM.
+    The process that has started the ranks passes a SIGINT on to them as SIGTERM, which may come before a SIGINT that a
+    terminal sends to all.
     """
     _, (line,) = run.finish(status=128 + number, lines=1)
-    name = "SIGTERM" if alone else signal.Signals(number).name
+    name = "SIGTERM" if alone else f"(?:{signal.Signals(number).name}|SIGTERM)"
     form = rf"main-wds\.py: stopped by {name}; --resume checkpoint\.pth\.tar goes on after step (\d+) of epoch (\d+)"
     step, epoch = map(int, re.fullmatch(form, line).groups())
     state = checkpoint(run.cwd)
@@ -526,6 +527,17 @@ def test_a_signal_during_validation(ranks, start, shards, unbroken, tmp_path):
     assert out.index("Test: ") < out.index("Epoch: [1]") and "Epoch: [0]" not in out
     assert lines(tmp_path) == lines(unbroken(ranks, *args))
     assert end_alike(tmp_path, unbroken(ranks, *args))
+
+
+@pytest.mark.parametrize("moment", ["^Epoch", r"^Test: \[ *1/"])
+def test_two_signals_at_once(moment, start, shards):
+    """One of them is told, and the other does no harm."""
+    run = start(*WDS, "--shards", shards, note=True).until(moment)
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        run.kill(number)
+    while run.alive():
+        time.sleep(0.05)
+    stopped(run, signal.SIGINT if "SIGINT" in run.output() else signal.SIGTERM)
 
 
 # ---------------------------------------------------------------------------- with other options
