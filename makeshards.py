@@ -366,9 +366,8 @@ def write(args, pool):
     classes = one_list_of_classes(args, found)
     index = read_index(os.path.join(args.shards, INDEX))
     if index["splits"] and index.get("classes") != classes:
-        fail(
-            f"--shards {args.shards}: its shards are of other classes than --data {args.data}; give another of the two"
-        )
+        fail(f"--shards {args.shards}: its shards are of other classes than --data {args.data}; give another "
+             "--shards, or --data")  # fmt: skip
     index["classes"] = classes
     plans = {split: plan_split(args, split, *found[split]) for split in args.splits}
     for split, (entry, _) in plans.items():
@@ -586,7 +585,7 @@ def check_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_byte
 
 def read_whole(url):
     """The bytes of a shard; a remote one that breaks off is read again, after growing pauses."""
-    for pause in (None,) if is_local(url) else (*PAUSES, None):
+    for pause in pauses(url):
         try:
             with open_stream(url) as stream:
                 return stream.read()
@@ -713,7 +712,7 @@ def read_index(path):
 
 def read_json(url):
     """What the file at the path or URL holds; FileNotFoundError if it is not there, or a command does not give it."""
-    for pause in (*PAUSES, None):
+    for pause in pauses(url):
         try:
             with open_stream(url) as stream:
                 return json.loads(stream.read())
@@ -736,7 +735,7 @@ def read_shard(url, first, last, length):
 
     A remote one that breaks off is read again, without those that were read, after growing pauses.
     """
-    for pause in (None,) if is_local(url) else (*PAUSES, None):
+    for pause in pauses(url):
         found = 0
         try:
             with open_stream(url) as stream:
@@ -754,6 +753,11 @@ def read_shard(url, first, last, length):
             retry(url, f"broken after {found} of its {length} samples ({first_line(error)})", pause)
     if found != length:
         fail(f"{url}: {found} samples, but {length} were expected by its index or by the size given")
+
+
+def pauses(url):
+    """Seconds to wait if a try fails, for each try; None for the last one, which is a local file's only one."""
+    return (None,) if is_local(url) else (*PAUSES, None)
 
 
 def retry(url, what, pause):

@@ -23,7 +23,7 @@ def run(script, *args, cwd, status=0, env=None, timeout=300, typed=False):
     Where `typed`, and by test_run.py and test_readme.py, they are run as a user types them.
     """
     if script in SCRIPTS and not env and not typed:
-        return forked(script, *args, cwd=cwd, status=status, timeout=timeout)
+        return forked(None, script, *args, cwd=cwd, status=status, timeout=timeout)
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     env = {"PYTHONWARNINGS": "error", **(env or {})}  # so that no warning goes unseen
     return run_command(command, cwd=cwd, status=status, env=env, timeout=timeout)
@@ -36,13 +36,11 @@ def run_command(command, *, cwd, status=0, env=None, timeout=300):
     return done.stdout, done.stderr
 
 
-def forked(script, *args, cwd, status=0, timeout=300):
-    """As run(), without importing PyTorch anew."""
-    return forked_ranks(None, script, *args, cwd=cwd, status=status, timeout=timeout)
+def forked(ranks, script, *args, cwd, status=0, timeout=300):
+    """As run(), without importing PyTorch anew: as many ranks as torchrun would start, or for None one process alone.
 
-
-def forked_ranks(ranks, script, *args, cwd, status=0, timeout=300):
-    """As many processes as torchrun would start, or one without its variables; what the first one tells."""
+    What rank 0 tells.
+    """
     if not SERVER:
         from test_resume import Server
 
@@ -81,7 +79,7 @@ SERVER = []  # which ends when this process does
 
 def error_of(script, *args, cwd, env=None):
     """The one line with which a script refuses bad input: status 2, no traceback."""
-    _, stderr = run(script, *args, cwd=cwd, status=2, env=env) if env else forked(script, *args, cwd=cwd, status=2)
+    _, stderr = run(script, *args, cwd=cwd, status=2, env=env)
     lines = [line for line in stderr.splitlines() if "Terminating process" not in line]  # PyTorch's log of the others
     assert len(lines) == 1 and lines[0].startswith(f"{script}: "), stderr
     return lines[0]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, forked_ranks, free_port, run, run_command, summary
+from conftest import ROOT, forked, free_port, run, run_command, summary
 
 FAST = ["-a", "shufflenet_v2_x0_5", "-j", "2", "-b", "16", "--lr", "0.01", "--epochs", "1", "--seed", "1"]
 
@@ -61,7 +61,7 @@ def test_any_number_of_ranks_evaluates_the_same(small, tmp_path):
         for ranks in (1, 2, 3, 5):
             args = [*FAST, *folders, "--dataset", dataset, "--resume", "checkpoint.pth.tar", "--evaluate"]
             args[args.index("-b") + 1] = 4 * ranks
-            stdout, _ = forked_ranks(ranks, "main-wds.py", *args, cwd=tmp_path)
+            stdout, _ = forked(ranks, "main-wds.py", *args, cwd=tmp_path)
             results[dataset, ranks] = *summary(stdout)[0], pytest.approx(last_loss(stdout), rel=1e-3)
     assert all(result == results["wds", 1] for result in results.values()), results
 
@@ -81,7 +81,7 @@ def test_two_processes_train_what_one_does(small, tmp_path):
             "--trainshards",
             small / "shards/imagenet-val-000000.tar",
         ]
-        stdout, _ = forked_ranks(processes, "main-wds.py", *args, cwd=folder)
+        stdout, _ = forked(processes, "main-wds.py", *args, cwd=folder)
         state = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
         weights[processes] = state["state_dict"], summary(stdout), last_loss(stdout)
     assert weights[1][1] == weights[2][1]
@@ -118,6 +118,6 @@ def test_as_many_steps_from_shards_as_from_folders(small, tmp_path):
     args = ["-a", "shufflenet_v2_x0_5", "-j", 3, "-b", 21, "--epochs", 1, "--image-size", 32, "-p", 1]
     args += ["--data", small / "data", "--shards", small / "shards"]
     for dataset in ("orig", "wds"):
-        stdout, _ = forked_ranks(3, "main-wds.py", *args, "--dataset", dataset, cwd=tmp_path)
+        stdout, _ = forked(3, "main-wds.py", *args, "--dataset", dataset, cwd=tmp_path)
         assert re.findall(r"Epoch: \[0\]\[(\d/\d)\]", stdout) == ["1/4", "2/4", "3/4", "4/4"]
         assert len(summary(stdout)) == 1

@@ -21,7 +21,7 @@ from conftest import error_of, load, run
 from PIL import Image
 from test_shards import found_by
 
-makeshards, main_wds = load("makeshards.py"), load("main-wds.py")
+makeshards = load("makeshards.py")
 OTHER = ["--resize", 20, "--filekey", "--seed", 5, "--maxcount", 5]
 TRAIN = [f"imagenet-train-{i:06d}.tar" for i in range(3)]
 VAL = [f"imagenet-val-{i:06d}.tar" for i in range(3)]  # of samples 0 1 2, 3 4 5 and 6 7; 0 to 3 are of class 0
