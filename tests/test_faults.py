@@ -313,6 +313,15 @@ def processes(mark):
     return found
 
 
+def open_files():
+    """What this process has open; each pipe and socket has a name of its own. Others than ours may close meanwhile."""
+    found = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the folder itself, once it is listed
+            found.add(os.readlink(path))
+    return found
+
+
 @pytest.mark.parametrize("command", ["cat %s", "cat %s | cat", "curl -s file://%s", "cat %s; true"])
 def test_no_command_outlives_its_shard(command, tmp_path):
     """Where a worker needs a part, where the count is wrong, and where the tar is broken."""
@@ -321,7 +330,7 @@ def test_no_command_outlives_its_shard(command, tmp_path):
     content = tar(samples(range(5), b"%d" * 100_000))
     (tmp_path / "a.tar").write_bytes(content)
     (tmp_path / "b.tar").write_bytes(content[:101_888] + b"x" * 9 + content[101_897:])
-    url, files = "pipe:" + command, len(os.listdir("/proc/self/fd"))
+    url, files = "pipe:" + command, open_files()
     assert len(list(makeshards.read_shard(url % f"{tmp_path}/a.tar", 1, 3, 5))) == 2
     makeshards.PAUSES, pauses = (), makeshards.PAUSES
     try:
@@ -330,7 +339,7 @@ def test_no_command_outlives_its_shard(command, tmp_path):
                 list(makeshards.read_shard(url % f"{tmp_path}/{name}.tar", 0, length, length))
     finally:
         makeshards.PAUSES = pauses
-    assert processes(f"{tmp_path}/") == [] and len(os.listdir("/proc/self/fd")) == files
+    assert processes(f"{tmp_path}/") == [] and open_files() <= files
 
 
 def test_one_who_does_not_read_on(tmp_path, capfd):
@@ -802,8 +811,8 @@ def test_thirty_epochs(small, tmp_path):
 
     The median of the steps from epoch to epoch is below a batch (216 KiB: 8 images of 96 x 96), so that a process
     that kept one batch an epoch would be seen, while an allocator that takes some MiB once is not; the medians of
-    epochs 5 to 10 and 24 to 29 differ by less than 16 MiB, and the least open files by no more than 4: one kept
-    an epoch would be 19.
+    epochs 5 to 10 and 24 to 29 differ by less than 16 MiB, and of open files by no more than 9: one kept an epoch would
+    be 19, while batches on their way hold up to 10, now more and now fewer.
     """
     args = [*FAST, "-j", 4, "--epochs", EPOCHS, "--image-size", SIDE, "--shards", small / "shards"]
     args += ["--multiprocessing-distributed", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
@@ -823,5 +832,5 @@ def test_thirty_epochs(small, tmp_path):
         steps = [after - before for before, after in itertools.pairwise(memory)]
         assert statistics.median(steps) < BATCH, (pid, memory)
         assert statistics.median(memory[-6:]) - statistics.median(memory[:6]) < 16 << 10, (pid, memory)
-        assert min(files[-6:]) - min(files[:6]) <= 4, (pid, files)  # batches on their way hold some, too
+        assert statistics.median(files[-6:]) - statistics.median(files[:6]) <= 9, (pid, files)
     assert len(set.intersection(*map(set, steady))) >= 11
