@@ -79,9 +79,10 @@ def become(script, args, cwd, env, note=False, output="."):
 def note_samples(main_wds):
     """Each batch that a rank trains with becomes a line of seenRANK, each sample that is decoded a byte of `decoded`.
 
-    The steps take longer, so that the one at which a signal comes is the one at which it was meant to come.
+    The steps take longer, those of validation too, so that a signal comes at the one at which it was meant to come.
     """
     batches, make_transform = main_wds.TrainLoader.__iter__, main_wds.make_transform
+    of_either = main_wds.DeviceLoader.__iter__
 
     def noted(self):
         with open(f"seen{self.args.rank}", "a", buffering=1) as file:
@@ -90,12 +91,18 @@ def note_samples(main_wds):
                 time.sleep(0.04)
                 yield images, target
 
+    def slowly(self):
+        for batch in of_either(self):
+            time.sleep(0 if isinstance(self, main_wds.TrainLoader) else 0.04)
+            yield batch
+
     def counted(transform, file):
         os.write(decoded, b".")
         return transform(file)
 
     decoded = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     main_wds.TrainLoader.__iter__ = noted
+    main_wds.DeviceLoader.__iter__ = slowly
     main_wds.make_transform = lambda args, split: (
         functools.partial(counted, make_transform(args, split)) if split == "train" else make_transform(args, split)
     )
