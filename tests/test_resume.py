@@ -673,13 +673,16 @@ def test_a_rank_on_another_node_is_killed(script, start, folders, shards, tmp_pa
 
 
 def test_ctrl_c_of_the_original(start, folders):
-    """Status 130, and no traceback. As KeyboardInterrupt it can be lost in native code; then one presses again."""
+    """Status 130, and no traceback. Once, in a whole run, it was lost, nobody knows how: so it is pressed again."""
     args = ["-a", "shufflenet_v2_x0_5", "-b", 4, "-j", 0, "-p", 1, "--no-accel", folders]
     run = start(*args, script="main-orig.py").until("^Epoch", count=2).kill(signal.SIGINT)
-    status = run.wait(20)
-    if status is None:
-        status = run.kill(signal.SIGINT).wait(20)
-    assert status == 128 + signal.SIGINT and "Traceback" not in run.output() and not run.alive()
+    end = time.monotonic() + 20
+    while run.alive(run.pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    if run.alive(run.pid):
+        print("pressed again")
+        run.kill(signal.SIGINT)
+    run.finish(status=128 + signal.SIGINT)
 
 
 def test_a_rank_of_torchrun_is_killed(start, shards):
