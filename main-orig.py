@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Train a torchvision classifier on ImageNet, read from folders (main-orig.py) or WebDataset shards (main-wds.py).
+"""Train a torchvision classifier on ImageNet, read from folders of images.
 
-    python main-orig.py DIR                         one process, on the GPU if there is one, else on the CPU
-    python main-orig.py --gpu 1 -a resnet50 DIR     one GPU of several
-    torchrun --nproc-per-node=8 main-orig.py DIR    eight GPUs of this node, a process each
-    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 main-orig.py DIR    of two
-    python main-orig.py --multiprocessing-distributed DIR      every GPU of this node; without a GPU two CPU processes
-    python main-orig.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://HOST:29500 DIR    of two
-    python main-orig.py --resume checkpoint.pth.tar DIR        go on after the last whole epoch
-    python main-orig.py --evaluate --pretrained DIR            measure a trained network
-    python main-orig.py --dummy                                find the speed without any data
-    DIR holds train/ and val/, and each of these a folder of images per class (./run sample makes some)
+    python main-orig.py DIR                         one process: on a GPU if there is one, else on the CPU
+    python main-orig.py -a resnet50 --gpu 1 DIR     one GPU of several
+    torchrun --nproc-per-node=8 main-orig.py DIR    eight GPUs of this node, one process each
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 main-orig.py DIR
+    python main-orig.py --multiprocessing-distributed DIR      all GPUs of this node; without a GPU two CPU processes
+    python main-orig.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://HOST:29500 DIR
+    python main-orig.py --resume checkpoint.pth.tar DIR        continue after the last whole epoch
+    python main-orig.py --evaluate --pretrained DIR            validate a pre-trained model
+    python main-orig.py --dummy                                measure the speed without any data
 
-Of the forms for two nodes the first is typed on both alike, the second with --rank 1 on the other. Each epoch writes
-checkpoint.pth.tar to the current folder, and the best so far model_best.pth.tar too.
+DIR holds train/ and val/, each with a folder of images per class. For two nodes, run the torchrun line on both, or the
+--world-size line with --rank 0 on the first and --rank 1 on the second. Each epoch writes checkpoint.pth.tar to the
+current folder, and model_best.pth.tar if it is the best so far.
 """
 
 import argparse
@@ -36,9 +36,11 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, red, green, blue, in 0..1
-TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, which --dummy imitates
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels: red, green, blue, from 0 to 1
+STD = (0.229, 0.224, 0.225)
+TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, for --dummy
 NUM_CLASSES = 1000  # outputs of torchvision's classifiers; a dataset may use fewer
+ARCHS_URL = "https://pytorch.org/vision/stable/models.html"
 ARCHS = [name for name in models.list_models(module=models) if name not in ("googlenet", "inception_v3")]
 
 
@@ -46,41 +48,34 @@ ARCHS = [name for name in models.list_models(module=models) if name not in ("goo
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [OPTION ...]",
-        description="Train a torchvision classifier on ImageNet. The default of each option stands in brackets.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=33),
-    )
+    parser = argparse.ArgumentParser(description="PyTorch ImageNet training", allow_abbrev=False)
     parser.error = fail
-    count, number = at_least(1), at_least(0)
-    add = parser.add_argument_group("data").add_argument
-    add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
-    add("--dummy", action="store_true", help="noise of ImageNet's size, without files (off)")
-    parser.usage += " [DIR]"
-    add("data", metavar="DIR", nargs="?", default="imagenet", help="holds train/ and val/ (%(default)s)")
-    add = parser.add_argument_group("training").add_argument
-    add("-a", "--arch", default="resnet18", help="a classifier of torchvision (%(default)s)")
-    add("--pretrained", action="store_true", help="begin with torchvision's weights (off)")
-    add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
-    add("--start-epoch", type=number, metavar="N", help="first epoch (0, or as --resume says)")
-    add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
-    add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
-    add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
-    add("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", metavar="W", help="(%(default)s)")
-    add("--seed", type=number, metavar="N", help="make the run repeatable, but slower (off)")
-    add("--amp", action="store_true", help="bfloat16 and channels last (off)")
-    add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--resume", metavar="PATH", help="go on from this checkpoint (none)")
-    add("-e", "--evaluate", action="store_true", help="validate once and stop (off)")
-    add("-p", "--print-freq", type=count, default=10, metavar="N", help="steps between two lines (%(default)s)")
-    add = parser.add_argument_group("devices and processes").add_argument
-    add("--gpu", type=number, metavar="N", help="use this GPU alone (all there are)")
-    add("--no-accel", action="store_true", help="use the CPU even where there is a GPU (off)")
-    add("--multiprocessing-distributed", action="store_true", help="a process for each GPU of this node (off)")
-    add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (one)")
-    add("--rank", type=int, default=-1, metavar="N", help="this node's number, from 0 (none)")
-    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="meeting point (%(default)s)")
-    add("--dist-backend", default="nccl", metavar="NAME", help="without CUDA it becomes gloo (%(default)s)")
+    add = parser.add_argument
+    count = at_least(1)
+    number = at_least(0)
+    add("data", metavar="DIR", nargs="?", default="imagenet", help="path to the dataset (default: %(default)s)")
+    add("-a", "--arch", default="resnet18", help=f"model architecture, from {ARCHS_URL} (default: %(default)s)")
+    add("-j", "--workers", type=number, default=4, metavar="N", help="data loading workers (default: %(default)s)")
+    add("--epochs", type=number, default=90, metavar="N", help="number of epochs to run (default: %(default)s)")
+    add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or as --resume says)")
+    add("-b", "--batch-size", type=count, default=256, metavar="N", help="total of this node (default: %(default)s)")
+    add("--lr", "--learning-rate", type=float, default=0.1, help="initial learning rate (default: %(default)s)")
+    add("--momentum", type=float, default=0.9, metavar="M", help="momentum (default: %(default)s)")
+    add("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="(default: %(default)s)")
+    add("-p", "--print-freq", type=count, default=10, metavar="N", help="print every N steps (default: %(default)s)")
+    add("--resume", metavar="PATH", help="checkpoint to resume from (default: none)")
+    add("-e", "--evaluate", action="store_true", help="validate only")
+    add("--pretrained", action="store_true", help="start from torchvision's pre-trained weights")
+    add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
+    add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
+    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where ranks meet (default: %(default)s)")
+    add("--dist-backend", default="nccl", metavar="NAME", help="gloo if there is no CUDA (default: %(default)s)")
+    add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
+    add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
+    add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
+    add("--multiprocessing-distributed", action="store_true", help="start one process for each GPU of this node")
+    add("--dummy", action="store_true", help="use random images of ImageNet's size instead of data")
+    add("--amp", action="store_true", help="train in bfloat16, with channels-last memory")
     args = parser.parse_args()
     args.memory_format = torch.channels_last if args.amp else torch.contiguous_format
     if args.arch not in ARCHS:
@@ -93,7 +88,7 @@ def parse_args():
 
 
 def at_least(low):
-    """For argparse: whole numbers from low."""
+    """An argparse type: whole numbers from low."""
 
     def number(text):
         if int(text) < low:
@@ -104,7 +99,7 @@ def at_least(low):
 
 
 class DataError(Exception):
-    """Input that can't be used; the message names it and the way out. main() prints it, whatever process it is from."""
+    """A user error; the message names the thing and the way out. main() prints it, whichever process raised it."""
 
 
 def fail(message):
@@ -124,83 +119,140 @@ def main():
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except mp.ProcessExitedException as error:
-        if error.exit_code < 0:  # else it has said why
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}, and so the others of this node were ended\n")
+        if error.exit_code < 0:  # else the process has printed the reason
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}; the other processes of this node were ended\n")
         sys.exit(max(error.exit_code, 1))
     except Exception as error:
-        _, known, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
-        if not known:
+        # an error of a spawned process arrives as the text of its traceback
+        _, is_data_error, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
+        if not is_data_error:
             raise
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message.strip()}\n")  # less another process's traceback
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message.strip()}\n")
         sys.exit(2)
 
 
 def start(args):
-    """Be one process of those that torchrun has started, or start those of this node, or be the only one."""
+    """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
     args.start_method = mp.get_start_method()
-    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # torchrun started us
-        rank, local_rank, args.world_size, processes = (
-            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        )
-        args.dist_url = "env://"
-        main_worker(local_rank, rank - local_rank, processes, args)
-    elif args.multiprocessing_distributed:
-        processes = (0 if args.no_accel else torch.accelerator.device_count()) or 2
-        first_rank, args.world_size = max(args.rank, 0) * processes, max(args.world_size, 1) * processes
-        context = mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes, join=False)
-
-        def end(number, _):  # the signal may have come to this process alone
-            signal.signal(number, signal.SIG_IGN)
-            for process in context.processes:
-                process.terminate()
-            sys.exit(128 + number)  # once they have ended
-
-        signal.signal(signal.SIGINT, end)
-        signal.signal(signal.SIGTERM, end)
-        while not context.join():
-            pass
-    else:
-        main_worker(0, max(args.rank, 0), 1, args)
-
-
-def main_worker(local_rank, first_rank, processes, args):
-    """One process of the `processes` on this node, whose ranks count from first_rank."""
-    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's own, loading processes take seconds to start
-    args.rank = first_rank + local_rank
+    args.rank = max(args.rank, 0)
     args.world_size = max(args.world_size, 1)
-    args.distributed = args.world_size > 1
-    if args.batch_size < processes:
-        fail(f"--batch-size {args.batch_size}: too few for the {processes} processes of this node")
-    args.batch_size //= processes
-    args.workers = math.ceil(args.workers / processes)
-    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # or they would fight for the cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    args.device = pick_device(local_rank, args)
-    if args.distributed:
-        backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
-        try:
-            dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
-        except (RuntimeError, ValueError) as error:
-            fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # started by torchrun
+        args.rank = int(os.environ["RANK"])
+        args.world_size = int(os.environ["WORLD_SIZE"])
+        args.dist_url = "env://"
+        args.multiprocessing_distributed = False
+        run_worker(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), args)
+    elif args.multiprocessing_distributed:
+        ngpus_per_node = 0 if args.no_accel else torch.accelerator.device_count()
+        spawn(ngpus_per_node or 2, args)
+    else:
+        run_worker(args.gpu, 1, args)
+
+
+def spawn(nprocs, args):
+    """Run the processes of this node. A signal may come to this process alone, so it is passed on to them."""
+    args.world_size *= nprocs
+    context = mp.spawn(run_worker, (nprocs, args), nprocs=nprocs, join=False)
+
+    def stop(number, _):
+        signal.signal(number, signal.SIG_IGN)
+        for process in context.processes:
+            process.terminate()
+        sys.exit(128 + number)  # waits for them
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    while not context.join():
+        pass
+
+
+def run_worker(gpu, ngpus_per_node, args):
+    """main_worker(), with a one-line error where the connection to another rank is lost."""
     try:
-        run(args)
+        main_worker(gpu, ngpus_per_node, args)
+        if args.distributed:
+            dist.destroy_process_group()
     except RuntimeError as error:
         if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        time.sleep(5)  # what the other says comes first
+        time.sleep(5)  # let the other rank print its reason first
         fail(f"rank {args.rank} lost another rank, which tells why, or was killed ({first_line(error)})")
+
+
+def main_worker(gpu, ngpus_per_node, args):
+    """Train and validate in one of the ngpus_per_node processes of this node."""
+    mp.set_start_method(args.start_method, force=True)  # mp.spawn's own would take seconds to start each data worker
+    if args.multiprocessing_distributed:
+        args.rank = args.rank * ngpus_per_node + gpu
+    args.distributed = args.world_size > 1
+    if args.batch_size < ngpus_per_node:
+        fail(f"--batch-size {args.batch_size}: too few for the {ngpus_per_node} processes of this node")
+    args.batch_size //= ngpus_per_node
+    args.workers = math.ceil(args.workers / ngpus_per_node)
+    if ngpus_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # else the processes compete for the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ngpus_per_node))
+    device = pick_device(gpu, args)
+    args.device = device
+    init_process_group(args)
+
+    set_seed(args, epoch=-1)
+    say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}'")
+    model = make_model(args).to(device, memory_format=args.memory_format)
+    say(args, f"Using device: {device}")
+    if device.type == "cpu":
+        say(args, "using CPU, this will be slow")
     if args.distributed:
-        dist.destroy_process_group()
+        model = DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+    elif device.type == "cuda" and args.gpu is None and "RANK" not in os.environ and torch.cuda.device_count() > 1:
+        if args.amp:  # DataParallel's threads would use float16 instead of bfloat16
+            fail("--amp: needs one process per GPU; add --multiprocessing-distributed, or --gpu 0 to use one GPU")
+        model = DataParallel(model)
+    criterion = nn.CrossEntropyLoss().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
+    checkpoint = {"epoch": 0, "best_acc1": 0.0}
+    if args.resume:
+        checkpoint = load_checkpoint(args, model, optimizer, scheduler)
+    first_epoch = checkpoint["epoch"] if args.start_epoch is None else args.start_epoch
+    best_acc1 = checkpoint["best_acc1"]
+
+    def state(epoch):
+        """What a checkpoint holds; epoch is the one to resume with."""
+        return {
+            "epoch": epoch,
+            "arch": args.arch,
+            "state_dict": getattr(model, "module", model).state_dict(),
+            "best_acc1": best_acc1,
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+
+    val_loader = make_val_loader_orig(args)
+    train_loader = None if args.evaluate else make_train_loader_orig(args)
+    if args.evaluate:
+        validate(val_loader, model, criterion, args)
+        return
+    for epoch in range(first_epoch, args.epochs):
+        set_seed(args, epoch)
+        if args.distributed:
+            train_loader.sampler.set_epoch(epoch)
+        train(train_loader, model, criterion, optimizer, epoch, device, args)
+        acc1 = validate(val_loader, model, criterion, args)
+        scheduler.step()
+        is_best = acc1 > best_acc1
+        best_acc1 = max(acc1, best_acc1)
+        if args.rank == 0:
+            save_checkpoint(state(epoch + 1), is_best)
 
 
-def pick_device(local_rank, args):
-    """The accelerator (CUDA, or what else PyTorch finds) number --gpu or local_rank, else the CPU."""
+def pick_device(gpu, args):
+    """The accelerator (CUDA, or whichever PyTorch finds) with index --gpu or gpu, else the CPU."""
     if args.no_accel or not torch.accelerator.is_available():
         return torch.device("cpu")
     if args.distributed and torch.accelerator.current_accelerator().type == "mps":  # it has no collectives
         return torch.device("cpu")
     count = torch.accelerator.device_count()
-    index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else local_rank % count
+    index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else (gpu or 0) % count
     if not 0 <= index < count:
         fail(f"--gpu {index}: this machine has {count}, numbered from 0")
     if count > 1:
@@ -208,47 +260,18 @@ def pick_device(local_rank, args):
     return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
-# ---------------------------------------------------------------------------- one process's work
-
-
-def run(args):
-    """Train and validate for all epochs, or validate once."""
-    set_seed(args, epoch=-1)
-    say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}' on {args.device}")
-    net = make_model(args).to(args.device, memory_format=args.memory_format)
-    model = net
-    if args.distributed:
-        model = DistributedDataParallel(net, device_ids=None if args.device.type == "cpu" else [args.device])
-    elif args.device.type == "cuda" and args.gpu is None and "RANK" not in os.environ and torch.cuda.device_count() > 1:
-        if args.amp:  # its threads would take float16 for bfloat16
-            fail("--amp: it takes a process for each GPU; add --multiprocessing-distributed, or --gpu 0 to use one")
-        net = model = DataParallel(net)
-    criterion = nn.CrossEntropyLoss().to(args.device)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
-    state = {"epoch": args.start_epoch or 0, "best_acc1": 0.0}
-    if args.resume:
-        state = load_checkpoint(args, net, optimizer, scheduler)
-    best_acc1 = state["best_acc1"]
-
-    val_loader = make_val_loader_orig(args)
-    train_loader = None if args.evaluate else make_train_loader_orig(args)
-    if args.evaluate:
-        validate(val_loader, net, criterion, args)
+def init_process_group(args):
+    if not args.distributed:
         return
-    for epoch in range(state["epoch"], args.epochs):
-        set_seed(args, epoch)
-        if args.distributed:
-            train_loader.sampler.set_epoch(epoch)
-        train(train_loader, model, criterion, optimizer, epoch, args)
-        acc1 = validate(val_loader, net, criterion, args)
-        scheduler.step()
-        is_best, best_acc1 = acc1 > best_acc1, max(acc1, best_acc1)
-        save_checkpoint(args, net, optimizer, scheduler, epoch + 1, best_acc1, is_best)
+    backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
+    try:
+        dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+    except (RuntimeError, ValueError) as error:
+        fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
 
 
 def set_seed(args, epoch):
-    """With --seed, begin each epoch from a state of its own, so that a resumed run draws what an unbroken one does."""
+    """With --seed, give each epoch a random state of its own, so that a resumed run draws what an unbroken one does."""
     if args.seed is not None:
         random.seed(f"{args.seed} {epoch} {args.rank}")
         torch.manual_seed(random.getrandbits(63))
@@ -256,21 +279,21 @@ def set_seed(args, epoch):
 
 
 def say(args, line):
-    """Print a line once, whatever the number of processes."""
+    """Print a line on rank 0 only."""
     if args.rank == 0:
         print(line, flush=True)
 
 
 def make_model(args):
-    """The network --arch with its 1000 outputs; --pretrained takes the weights of torchvision's first recipe."""
+    """The model --arch with its 1000 outputs; --pretrained loads torchvision's first weights for 224 pixels."""
     weights = None
     if args.pretrained:
         choices = models.get_model_weights(args.arch)
-        names = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")  # those for images of 224 pixels
+        names = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")
         weights = next((choices[name] for name in names if name in choices.__members__), choices.DEFAULT)
     try:
         return models.get_model(args.arch, weights=weights)
-    except Exception as error:  # no network, or a file that is broken
+    except Exception as error:  # no network, or a broken file
         if not weights:
             raise
         fail(f"--pretrained: no {weights.url} in {torch.hub.get_dir()}/checkpoints ({first_line(error)})")
@@ -280,9 +303,9 @@ def make_model(args):
 
 
 def make_train_loader_orig(args):
-    """Batches of DIR/train, in a new order each epoch. Under DDP each rank gets as many samples as any other.
+    """Batches of DIR/train, in a new order each epoch. Under DDP all ranks get the same number of samples.
 
-    images: float32 (B, 3, 224, 224), normalised; target: int64 (B).
+    images: float32 (B, 3, 224, 224), normalized; target: int64 (B).
     """
     dataset = open_folder(args, "train")
     if len(dataset) < args.world_size:
@@ -292,7 +315,7 @@ def make_train_loader_orig(args):
 
 
 def make_val_loader_orig(args):
-    """Batches of DIR/val, in order. Under DDP each sample goes to one rank alone, so that nothing counts twice."""
+    """Batches of DIR/val, in order. Under DDP each sample goes to one rank only, so that none counts twice."""
     dataset = open_folder(args, "val")
     return make_loader(args, Subset(dataset, range(args.rank, len(dataset), args.world_size)))
 
@@ -305,12 +328,12 @@ def make_loader(args, dataset, **order):
 def open_folder(args, split):
     """DIR/train or DIR/val as torchvision's ImageFolder, whose classes are the sorted names of the class folders."""
     transform = make_transform(args, split)
-    if args.dummy:  # one image of noise again and again, so that no time goes into making it
+    if args.dummy:  # the same random image each time, so that making it takes no time
         image = transform(Image.frombytes("RGB", (224, 224), random.randbytes(3 * 224 * 224)))
         size = TRAIN_SIZE if split == "train" else VAL_SIZE
         return TensorDataset(image.expand(size, *image.shape), torch.arange(size) % NUM_CLASSES)
     try:
-        dataset = datasets.ImageFolder(os.path.join(args.data, split), transform, loader=read_file)
+        dataset = datasets.ImageFolder(os.path.join(args.data, split), transform, loader=load_image)
         classes, _ = datasets.folder.find_classes(os.path.join(args.data, "train"))
     except OSError as error:
         fail(f"{args.data}: {first_line(error)}; it must hold train/ and val/, each with a folder of images per class")
@@ -318,134 +341,125 @@ def open_folder(args, split):
     if differing:
         fail(f"{args.data}: train/ and val/ differ in their class folders, e.g. {', '.join(differing[:5])}")
     if len(classes) > NUM_CLASSES:
-        fail(f"{args.data}: {len(classes)} class folders, but the network has {NUM_CLASSES} outputs")
+        fail(f"{args.data}: {len(classes)} class folders, but the model has {NUM_CLASSES} outputs")
+    say(args, f"=> {split}: {len(dataset)} images, {len(classes)} classes")
     return dataset
 
 
 def make_transform(args, split):
-    """From (name, bytes) of an image file to float32 (3, 224, 224), normalised. Random for the training split."""
-    stages = [decode_pil, v2.Resize(256), v2.CenterCrop(224)]
+    """From an RGB image to float32 (3, 224, 224), normalized. Random for the training split."""
+    stages = [v2.Resize(256), v2.CenterCrop(224)]
     if split == "train":
-        stages = [decode_pil, v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
+        stages = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
     if args.dummy:
         stages = []
     return v2.Compose([*stages, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
-def read_file(path):
-    try:
-        with open(path, "rb") as file:
-            return path, file.read()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-
-
-def decode_pil(file):
-    """An RGB PIL image from (name, bytes) of an image file. DataError gives the name if Pillow can't read it."""
-    name, data = file
+def decode_pil(data):
+    """RGB PIL image from the bytes of an image file; DataError if Pillow can't decode it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow raises nearly anything on broken bytes
-        raise DataError(f"{name}: not a readable image ({first_line(error)})") from error
+    except Exception as error:  # Pillow raises nearly any type on broken files
+        reason = first_line(error).partition(" <_io.")[0]  # without the address of the bytes
+        raise DataError(f"not a readable image ({reason})") from error
+
+
+def load_image(path, decode=decode_pil):
+    """An image from its file. DataError names the file if it can't be read or decoded."""
+    try:
+        with open(path, "rb") as file:
+            return decode(file.read())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 # ---------------------------------------------------------------------------- train, validate
 
 
-def train(train_loader, model, criterion, optimizer, epoch, args):
-    """One epoch. `Data` in the printed lines is the part of `Time` spent waiting for the loader."""
-    batch_time, data_time = Meter("Time", "6.3f"), Meter("Data", "6.3f")
-    losses, top1, top5 = Meter("Loss", ".4e"), Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
-    meters = [batch_time, data_time, losses, top1, top5]
+def train(train_loader, model, criterion, optimizer, epoch, device, args, first_step=0):
+    """Train for an epoch, or for the rest of it. `Data` is the part of `Time` spent waiting for the loader, in s."""
+    batch_time = AverageMeter("Time", ":6.3f")
+    data_time = AverageMeter("Data", ":6.3f")
+    losses = AverageMeter("Loss", ":.4e")
+    top1 = AverageMeter("Acc@1", ":6.2f")
+    top5 = AverageMeter("Acc@5", ":6.2f")
+    progress = ProgressMeter(len(train_loader), [batch_time, data_time, losses, top1, top5], f"Epoch: [{epoch}]")
     model.train()
     end = time.time()
-    for i, (images, target) in enumerate(train_loader):
+    for i, (images, target) in enumerate(train_loader, first_step):
         data_time.update(time.time() - end)
-        images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
-        target = target.to(args.device, non_blocking=True)
+        images = images.to(device, non_blocking=True, memory_format=args.memory_format)
+        target = target.to(device, non_blocking=True)
 
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             output = model(images)
             loss = criterion(output, target)
-        acc1, acc5 = accuracy(output, target)
-        losses.update(loss.detach(), len(images))
-        top1.update(acc1, len(images))
-        top5.update(acc5, len(images))
+        acc1, acc5 = accuracy(output, target, topk=(1, 5))
+        losses.update(loss.detach(), images.size(0))
+        top1.update(acc1, images.size(0))
+        top5.update(acc5, images.size(0))
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
         if i % args.print_freq == 0:
-            loss.item()  # waits for the device, or its work would count as waiting for the next batch
+            loss.item()  # waits for the device; else its work would count as waiting for the next batch
         batch_time.update(time.time() - end)
         end = time.time()
-        if i % args.print_freq == 0:
-            say(args, progress(f"Epoch: [{epoch}]", i + 1, len(train_loader), meters))
+        if i % args.print_freq == 0 and args.rank == 0:
+            progress.display(i + 1)
 
 
 @torch.no_grad()
-def validate(val_loader, net, criterion, args):
-    """Top-1 accuracy in percent over the samples of all ranks, each counted once.
-
-    Takes the network inside DDP: ranks may have different numbers of batches, and DDP's forward would wait for all.
-    """
-    batch_time = Meter("Time", "6.3f")
-    losses, top1, top5 = Meter("Loss", ".4e"), Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
-    meters = [batch_time, losses, top1, top5]
-    if args.distributed:  # ranks keep running statistics of their own in batch norm; the checkpoint has rank 0's
-        for buffer in net.buffers():
+def validate(val_loader, model, criterion, args):
+    """Top-1 accuracy in percent over the samples of all ranks, each counted once."""
+    batch_time = AverageMeter("Time", ":6.3f")
+    losses = AverageMeter("Loss", ":.4e")
+    top1 = AverageMeter("Acc@1", ":6.2f")
+    top5 = AverageMeter("Acc@5", ":6.2f")
+    progress = ProgressMeter(len(val_loader), [batch_time, losses, top1, top5], "Test: ")
+    if args.distributed:
+        model = model.module  # ranks may have different numbers of batches; DDP's forward would wait for all
+        for buffer in model.buffers():  # batch norm's statistics differ by rank; the checkpoint has rank 0's
             dist.broadcast(buffer, 0)
-    net.eval()
+    model.eval()
     end = time.time()
     for i, (images, target) in enumerate(val_loader):
         images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(args.device, non_blocking=True)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            output = net(images)
+            output = model(images)
             loss = criterion(output, target)
-        acc1, acc5 = accuracy(output, target)
-        losses.update(loss, len(images))
-        top1.update(acc1, len(images))
-        top5.update(acc5, len(images))
+        acc1, acc5 = accuracy(output, target, topk=(1, 5))
+        losses.update(loss, images.size(0))
+        top1.update(acc1, images.size(0))
+        top5.update(acc5, images.size(0))
         batch_time.update(time.time() - end)
         end = time.time()
-        if i % args.print_freq == 0 and i + 1 < len(val_loader):
-            say(args, progress("Test: ", i + 1, len(val_loader), meters))
+        if i % args.print_freq == 0 and i + 1 < len(val_loader) and args.rank == 0:
+            progress.display(i + 1)
     if args.distributed:
-        add_up([losses, top1, top5], args.device)
-    say(args, progress("Test: ", len(val_loader), len(val_loader), meters))  # its averages are those over all ranks
-    say(args, f" * Acc@1 {top1.average:.3f} Acc@5 {top5.average:.3f}")
-    return top1.average
-
-
-@torch.no_grad()
-def accuracy(output, target):
-    """Percentage of samples whose class is the first, and among the first five, of the outputs (B, 1000)."""
-    hits = output.topk(5, dim=1).indices == target[:, None]
-    return 100 * hits[:, 0].float().mean(), 100 * hits.any(dim=1).float().mean()
+        for meter in (losses, top1, top5):
+            meter.all_reduce(args.device)
+    if args.rank == 0:
+        progress.display(len(val_loader))  # its averages are those over all ranks
+        print(f" * Acc@1 {top1.avg:.3f} Acc@5 {top5.avg:.3f}", flush=True)
+    return top1.avg
 
 
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best=False, **more):
-    """Rank 0 writes checkpoint.pth.tar, of which the next epoch is `epoch`. The network is the bare torchvision one."""
-    if args.rank > 0:
-        return
-    net = net.module if isinstance(net, DataParallel) else net
-    state = {
-        "epoch": epoch,
-        "arch": args.arch,
-        "state_dict": net.state_dict(),
-        "best_acc1": best_acc1,
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        **more,
-    }
-    for name in ("model_best.pth.tar", "checkpoint.pth.tar") if is_best else ("checkpoint.pth.tar",):
-        try:  # the one before stays until the new one is whole and on disk
+def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
+    """Write the state. The previous file stays until the new one is complete and on disk."""
+    # the best first: after a kill in between, the resumed run would not find that epoch better than itself
+    for name in ("model_best.pth.tar", filename) if is_best else (filename,):
+        try:
             with open(f"{name}.partial", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -457,63 +471,86 @@ def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best=F
             fail(f"{os.getcwd()}: can't write {name} there ({first_line(error)})")
 
 
-def load_checkpoint(args, net, optimizer, scheduler):
-    """Fill all three from --resume, ours or pytorch/examples', and return what else it holds."""
-    net = net.module if isinstance(net, DataParallel) else net
+def load_checkpoint(args, model, optimizer, scheduler):
+    """Load --resume, ours or pytorch/examples', into all three, and return it."""
+    model = getattr(model, "module", model)
+    say(args, f"=> loading checkpoint '{args.resume}'")
     try:
-        state = torch.load(args.resume, map_location="cpu", weights_only=True)
-        state["epoch"], state["best_acc1"] = int(state["epoch"]), float(state["best_acc1"])
-        # DataParallel and DDP put "module." before the names, for AlexNet and VGG after their "features."
-        weights = {name.replace("module.", ""): value for name, value in state["state_dict"].items()}
-        arch, others = state["arch"], (state["optimizer"], state["scheduler"])
-    except Exception as error:  # torch.load raises nearly anything on a file that is no checkpoint
-        what = first_line(error).partition(". ")[0]  # without advice to run what the file may hold
-        fail(f"--resume {args.resume}: no checkpoint of this script ({what})")
-    if arch != args.arch:
-        fail(f"--resume {args.resume}: it holds a {arch}; add --arch {arch}")
+        checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+        checkpoint["epoch"] = int(checkpoint["epoch"])
+        checkpoint["best_acc1"] = float(checkpoint["best_acc1"])
+        # DataParallel and DDP put "module." before the names; for AlexNet and VGG after "features."
+        weights = {name.replace("module.", ""): value for name, value in checkpoint["state_dict"].items()}
+        missing = {"arch", "optimizer", "scheduler"} - checkpoint.keys()
+        if missing:
+            fail(f"no {', '.join(sorted(missing))} in it")
+    except Exception as error:  # torch.load raises nearly any type on other files
+        reason = first_line(error).partition(". ")[0]  # without PyTorch's advice to run what the file may hold
+        fail(f"--resume {args.resume}: no checkpoint of this script ({reason})")
+    if checkpoint["arch"] != args.arch:
+        fail(f"--resume {args.resume}: it holds a {checkpoint['arch']}; add --arch {checkpoint['arch']}")
     try:
-        net.load_state_dict(weights)
-        optimizer.load_state_dict(others[0])
-        scheduler.load_state_dict(others[1])
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
-    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {state['epoch']})")
-    return {name: state[name] for name in ("epoch", "best_acc1", "position") if name in state}
+    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {checkpoint['epoch']})")
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------- meters
 
 
-class Meter:
-    """The last value of a quantity and its average weighted by n. Tensors stay on their device until printed."""
+class AverageMeter:
+    """The last value of a quantity and its average, weighted by n. Tensors stay on their device until printed."""
 
-    def __init__(self, name, form):
-        self.name, self.form, self.value, self.sum, self.count = name, form, 0.0, 0.0, 0
+    def __init__(self, name, fmt=":f"):
+        self.name = name
+        self.fmt = fmt
+        self.val = 0.0
+        self.sum = 0.0
+        self.count = 0
 
-    def update(self, value, n=1):
-        self.value = value
-        self.sum += value * n
+    def update(self, val, n=1):
+        self.val = val
+        self.sum += val * n
         self.count += n
 
     @property
-    def average(self):
+    def avg(self):
         return float(self.sum) / max(self.count, 1)
 
+    def all_reduce(self, device):
+        """Make the average that over all ranks."""
+        total = torch.tensor([float(self.sum), self.count], dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        self.sum, self.count = total.tolist()
+
     def __str__(self):
-        return f"{self.name} {float(self.value):{self.form}} ({self.average:{self.form}})"
+        return f"{{}} {{{self.fmt}}} ({{{self.fmt}}})".format(self.name, float(self.val), self.avg)
 
 
-def progress(prefix, i, total, meters):
-    """One printed line; `Epoch: [3][ 10/100]`, then each meter as value (average), tab-separated."""
-    return "\t".join([f"{prefix}[{i:{len(str(total))}}/{total}]", *map(str, meters)])
+class ProgressMeter:
+    """Prints lines such as `Epoch: [3][ 10/100]`, then each meter as value (average), separated by tabs."""
+
+    def __init__(self, num_batches, meters, prefix=""):
+        self.num_batches = num_batches
+        self.meters = meters
+        self.prefix = prefix
+
+    def display(self, batch):
+        width = len(str(self.num_batches))
+        line = [f"{self.prefix}[{batch:{width}}/{self.num_batches}]", *map(str, self.meters)]
+        print("\t".join(line), flush=True)
 
 
-def add_up(meters, device):
-    """Make the meters' averages those over all ranks."""
-    totals = torch.tensor([[float(m.sum), m.count] for m in meters], dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
-    for meter, (total, count) in zip(meters, totals.tolist(), strict=True):
-        meter.sum, meter.count = total, count
+@torch.no_grad()
+def accuracy(output, target, topk=(1,)):
+    """For each k, the percentage of samples whose class is among the k first of the outputs (B, classes)."""
+    ranked = output.topk(max(topk), dim=1).indices
+    hits = ranked == target[:, None]
+    return [100 * hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Train a torchvision classifier on ImageNet, read from folders (main-orig.py) or WebDataset shards (main-wds.py).
+"""Train a torchvision classifier on ImageNet, read from WebDataset shards.
 
-    python main-wds.py --shards ./shards            one process, on the GPU if there is one, else on the CPU
-    python main-wds.py --dataset orig --data DIR    the same from folders, to compare
-    python main-wds.py --gpu 1 -a resnet50          one GPU of several
-    torchrun --nproc-per-node=8 main-wds.py         eight GPUs of this node, a process each
-    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 main-wds.py         of two
-    python main-wds.py --multiprocessing-distributed           every GPU of this node; without a GPU two CPU processes
-    python main-wds.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://HOST:29500      of two
-    python main-wds.py --resume checkpoint.pth.tar             go on where SIGTERM or Ctrl-C has stopped a run
-    python main-wds.py --evaluate --pretrained                 measure a trained network
-    python main-wds.py --dummy                                 find the speed without any data
-    makeshards.py writes the shards; diff main-orig.py main-wds.py shows what they take
+    python main-wds.py                              one process: on a GPU if there is one, else on the CPU
+    python main-wds.py --shards https://HOST/imagenet          shards on a web server
+    python main-wds.py --dataset orig --data DIR    from folders of images, to compare
+    python main-wds.py -a resnet50 --gpu 1          one GPU of several
+    torchrun --nproc-per-node=8 main-wds.py         eight GPUs of this node, one process each
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 main-wds.py
+    python main-wds.py --multiprocessing-distributed           all GPUs of this node; without a GPU two CPU processes
+    python main-wds.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://HOST:29500
+    python main-wds.py --resume checkpoint.pth.tar             continue where SIGTERM or Ctrl-C has stopped a run
+    python main-wds.py --evaluate --pretrained                 validate a pre-trained model
+    python main-wds.py --dummy                                 measure the speed without any data
 
-Of the forms for two nodes the first is typed on both alike, the second with --rank 1 on the other. Each epoch writes
-checkpoint.pth.tar to the current folder, and the best so far model_best.pth.tar too.
+makeshards.py writes the shards; diff main-orig.py main-wds.py shows what changes. For two nodes, run the torchrun
+line on both, or the --world-size line with --rank 0 on the first and --rank 1 on the second. Each epoch writes
+checkpoint.pth.tar to the current folder, and model_best.pth.tar if it is the best so far.
 """
 
 import argparse
@@ -39,21 +40,29 @@ from torchvision.transforms import v2
 
 # isort: split
 # and for the shards:
+import contextlib
 import functools
-import itertools
+import glob
+import json
+import re
 import threading
+import urllib.request
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.util import Finalize
+from urllib.error import HTTPError
 
 import webdataset as wds
-from torch.utils.data import IterableDataset, get_worker_info
+from PIL import ExifTags
+from torch.utils.data import default_collate, get_worker_info
+from torchvision.io import ImageReadMode
+from webdataset.gopen import set_options
+from webdataset.shardlists import expand_urls
 
-import makeshards
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, red, green, blue, in 0..1
-TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, which --dummy imitates
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels: red, green, blue, from 0 to 1
+STD = (0.229, 0.224, 0.225)
+TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, for --dummy
 NUM_CLASSES = 1000  # outputs of torchvision's classifiers; a dataset may use fewer
+ARCHS_URL = "https://pytorch.org/vision/stable/models.html"
 ARCHS = [name for name in models.list_models(module=models) if name not in ("googlenet", "inception_v3")]
 
 
@@ -61,52 +70,43 @@ ARCHS = [name for name in models.list_models(module=models) if name not in ("goo
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [OPTION ...]",
-        description="Train a torchvision classifier on ImageNet. The default of each option stands in brackets.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=33),
-    )
+    parser = argparse.ArgumentParser(description="PyTorch ImageNet training", allow_abbrev=False)
     parser.error = fail
-    count, number = at_least(1), at_least(0)
-    add = parser.add_argument_group("data").add_argument
-    add("-j", "--workers", type=number, default=4, metavar="N", help="loading processes of this node (%(default)s)")
-    add("--dummy", action="store_true", help="noise of ImageNet's size, without files (off)")
-    add("--dataset", "--loader", choices=LOADERS, default="wds", metavar="NAME", help="wds or orig (%(default)s)")
-    add("--data", metavar="DIR", default="./data", help="orig: holds train/ and val/ (%(default)s)")
-    add("--decode", choices=["tensor", "pil"], default="tensor", help="torchvision's or Pillow's (%(default)s)")
-    add("--augmentation", choices=["full", "simple"], default="full", help="simple: as in validation (%(default)s)")
-    add("--image-size", type=count, default=224, metavar="N", help="pixels a side (%(default)s)")
-    add = parser.add_argument_group("data from shards").add_argument
-    add("--shards", metavar="DIR", default="./shards", help="folder or URL with _info.json (%(default)s)")
-    add("--trainshards", metavar="URLS", help="instead: brace pattern, glob or URL (none)")
-    add("--valshards", metavar="URLS", help="the same for validation (none)")
-    add("--trainsize", type=count, metavar="N", help="samples, if remote without index (none)")
-    add("--valsize", type=count, metavar="N", help="the same for validation (none)")
-    add("--shuffle", type=number, default=1000, metavar="N", help="samples in a worker's buffer (%(default)s)")
-    add("--checkpoint-steps", type=count, metavar="N", help="a checkpoint each N steps, too (off)")
-    add = parser.add_argument_group("training").add_argument
-    add("-a", "--arch", default="resnet18", help="a classifier of torchvision (%(default)s)")
-    add("--pretrained", action="store_true", help="begin with torchvision's weights (off)")
-    add("--epochs", type=number, default=90, metavar="N", help="train up to this epoch (%(default)s)")
-    add("--start-epoch", type=number, metavar="N", help="first epoch (0, or as --resume says)")
-    add("-b", "--batch-size", type=count, default=256, metavar="N", help="of this node, over its GPUs (%(default)s)")
-    add("--lr", "--learning-rate", type=float, default=0.1, metavar="LR", help="at the start (%(default)s)")
-    add("--momentum", type=float, default=0.9, metavar="M", help="of SGD (%(default)s)")
-    add("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", metavar="W", help="(%(default)s)")
-    add("--seed", type=number, metavar="N", help="make the run repeatable, but slower (off)")
-    add("--amp", action="store_true", help="bfloat16 and channels last (off)")
-    add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--resume", metavar="PATH", help="go on from this checkpoint (none)")
-    add("-e", "--evaluate", action="store_true", help="validate once and stop (off)")
-    add("-p", "--print-freq", type=count, default=10, metavar="N", help="steps between two lines (%(default)s)")
-    add = parser.add_argument_group("devices and processes").add_argument
-    add("--gpu", type=number, metavar="N", help="use this GPU alone (all there are)")
-    add("--no-accel", action="store_true", help="use the CPU even where there is a GPU (off)")
-    add("--multiprocessing-distributed", action="store_true", help="a process for each GPU of this node (off)")
-    add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (one)")
-    add("--rank", type=int, default=-1, metavar="N", help="this node's number, from 0 (none)")
-    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="meeting point (%(default)s)")
-    add("--dist-backend", default="nccl", metavar="NAME", help="without CUDA it becomes gloo (%(default)s)")
+    add = parser.add_argument
+    count = at_least(1)
+    number = at_least(0)
+    add("--dataset", "--loader", choices=LOADERS, default="wds", help="read shards or folders (default: %(default)s)")
+    add("--data", metavar="DIR", default="./data", help="orig: path to the dataset (default: %(default)s)")
+    add("--shards", metavar="DIR", default="./shards", help=f"wds: folder or URL of {INDEX} (default: %(default)s)")
+    add("--trainshards", metavar="URLS", help="wds: where the training shards are (default: beside the index)")
+    add("--valshards", metavar="URLS", help="wds: where the validation shards are (default: beside the index)")
+    add("--shuffle", type=number, default=1000, metavar="N", help="wds: buffered samples (default: %(default)s)")
+    add("--decode", choices=DECODERS, default="tensor", help="JPEG decoder: fast, or Pillow (default: %(default)s)")
+    add("--augmentation", choices=["full", "simple"], default="full", help="simple: none (default: %(default)s)")
+    add("--image-size", type=count, default=224, metavar="N", help="pixels per side (default: %(default)s)")
+    add("--checkpoint-steps", type=count, metavar="N", help="wds: also save a checkpoint every N steps (default: off)")
+    add("-a", "--arch", default="resnet18", help=f"model architecture, from {ARCHS_URL} (default: %(default)s)")
+    add("-j", "--workers", type=number, default=4, metavar="N", help="data loading workers (default: %(default)s)")
+    add("--epochs", type=number, default=90, metavar="N", help="number of epochs to run (default: %(default)s)")
+    add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or as --resume says)")
+    add("-b", "--batch-size", type=count, default=256, metavar="N", help="total of this node (default: %(default)s)")
+    add("--lr", "--learning-rate", type=float, default=0.1, help="initial learning rate (default: %(default)s)")
+    add("--momentum", type=float, default=0.9, metavar="M", help="momentum (default: %(default)s)")
+    add("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="(default: %(default)s)")
+    add("-p", "--print-freq", type=count, default=10, metavar="N", help="print every N steps (default: %(default)s)")
+    add("--resume", metavar="PATH", help="checkpoint to resume from (default: none)")
+    add("-e", "--evaluate", action="store_true", help="validate only")
+    add("--pretrained", action="store_true", help="start from torchvision's pre-trained weights")
+    add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
+    add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
+    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where ranks meet (default: %(default)s)")
+    add("--dist-backend", default="nccl", metavar="NAME", help="gloo if there is no CUDA (default: %(default)s)")
+    add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
+    add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
+    add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
+    add("--multiprocessing-distributed", action="store_true", help="start one process for each GPU of this node")
+    add("--dummy", action="store_true", help="use random images of ImageNet's size instead of data")
+    add("--amp", action="store_true", help="train in bfloat16, with channels-last memory")
     args = parser.parse_args()
     args.memory_format = torch.channels_last if args.amp else torch.contiguous_format
     if args.arch not in ARCHS:
@@ -119,7 +119,7 @@ def parse_args():
 
 
 def at_least(low):
-    """For argparse: whole numbers from low."""
+    """An argparse type: whole numbers from low."""
 
     def number(text):
         if int(text) < low:
@@ -130,7 +130,7 @@ def at_least(low):
 
 
 class DataError(Exception):
-    """Input that can't be used; the message names it and the way out. main() prints it, whatever process it is from."""
+    """A user error; the message names the thing and the way out. main() prints it, whichever process raised it."""
 
 
 def fail(message):
@@ -150,83 +150,142 @@ def main():
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except mp.ProcessExitedException as error:
-        if error.exit_code < 0:  # else it has said why
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}, and so the others of this node were ended\n")
+        if error.exit_code < 0:  # else the process has printed the reason
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}; the other processes of this node were ended\n")
         sys.exit(max(error.exit_code, 1))
     except Exception as error:
-        _, known, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
-        if not known:
+        # an error of a spawned process arrives as the text of its traceback
+        _, is_data_error, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
+        if not is_data_error:
             raise
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message.strip()}\n")  # less another process's traceback
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message.strip()}\n")
         sys.exit(2)
 
 
 def start(args):
-    """Be one process of those that torchrun has started, or start those of this node, or be the only one."""
+    """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
     args.start_method = mp.get_start_method()
-    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # torchrun started us
-        rank, local_rank, args.world_size, processes = (
-            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        )
-        args.dist_url = "env://"
-        main_worker(local_rank, rank - local_rank, processes, args)
-    elif args.multiprocessing_distributed:
-        processes = (0 if args.no_accel else torch.accelerator.device_count()) or 2
-        first_rank, args.world_size = max(args.rank, 0) * processes, max(args.world_size, 1) * processes
-        context = mp.spawn(main_worker, (first_rank, processes, args), nprocs=processes, join=False)
-
-        def end(number, _):  # the signal may have come to this process alone
-            signal.signal(number, signal.SIG_IGN)
-            for process in context.processes:
-                process.terminate()
-            sys.exit(128 + number)  # once they have ended
-
-        signal.signal(signal.SIGINT, end)
-        signal.signal(signal.SIGTERM, end)
-        while not context.join():
-            pass
-    else:
-        main_worker(0, max(args.rank, 0), 1, args)
-
-
-def main_worker(local_rank, first_rank, processes, args):
-    """One process of the `processes` on this node, whose ranks count from first_rank."""
-    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's own, loading processes take seconds to start
-    args.rank = first_rank + local_rank
+    args.rank = max(args.rank, 0)
     args.world_size = max(args.world_size, 1)
-    args.distributed = args.world_size > 1
-    if args.batch_size < processes:
-        fail(f"--batch-size {args.batch_size}: too few for the {processes} processes of this node")
-    args.batch_size //= processes
-    args.workers = math.ceil(args.workers / processes)
-    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # or they would fight for the cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    args.device = pick_device(local_rank, args)
-    if args.distributed:
-        backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
-        try:
-            dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
-        except (RuntimeError, ValueError) as error:
-            fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # started by torchrun
+        args.rank = int(os.environ["RANK"])
+        args.world_size = int(os.environ["WORLD_SIZE"])
+        args.dist_url = "env://"
+        args.multiprocessing_distributed = False
+        run_worker(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), args)
+    elif args.multiprocessing_distributed:
+        ngpus_per_node = 0 if args.no_accel else torch.accelerator.device_count()
+        spawn(ngpus_per_node or 2, args)
+    else:
+        run_worker(args.gpu, 1, args)
+
+
+def spawn(nprocs, args):
+    """Run the processes of this node. A signal may come to this process alone, so it is passed on to them."""
+    args.world_size *= nprocs
+    context = mp.spawn(run_worker, (nprocs, args), nprocs=nprocs, join=False)
+
+    def stop(number, _):
+        signal.signal(number, signal.SIG_IGN)
+        for process in context.processes:
+            process.terminate()
+        sys.exit(128 + number)  # waits for them
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    while not context.join():
+        pass
+
+
+def run_worker(gpu, ngpus_per_node, args):
+    """main_worker(), with a one-line error where the connection to another rank is lost."""
     try:
-        run(args)
+        main_worker(gpu, ngpus_per_node, args)
+        if args.distributed:
+            dist.destroy_process_group()
     except RuntimeError as error:
         if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        time.sleep(5)  # what the other says comes first
+        time.sleep(5)  # let the other rank print its reason first
         fail(f"rank {args.rank} lost another rank, which tells why, or was killed ({first_line(error)})")
+
+
+def main_worker(gpu, ngpus_per_node, args):
+    """Train and validate in one of the ngpus_per_node processes of this node."""
+    mp.set_start_method(args.start_method, force=True)  # mp.spawn's own would take seconds to start each data worker
+    if args.multiprocessing_distributed:
+        args.rank = args.rank * ngpus_per_node + gpu
+    args.distributed = args.world_size > 1
+    if args.batch_size < ngpus_per_node:
+        fail(f"--batch-size {args.batch_size}: too few for the {ngpus_per_node} processes of this node")
+    args.batch_size //= ngpus_per_node
+    args.workers = math.ceil(args.workers / ngpus_per_node)
+    if ngpus_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # else the processes compete for the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ngpus_per_node))
+    device = pick_device(gpu, args)
+    args.device = device
+    init_process_group(args)
+
+    set_seed(args, epoch=-1)
+    say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}'")
+    model = make_model(args).to(device, memory_format=args.memory_format)
+    say(args, f"Using device: {device}")
+    if device.type == "cpu":
+        say(args, "using CPU, this will be slow")
     if args.distributed:
-        dist.destroy_process_group()
+        model = DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+    elif device.type == "cuda" and args.gpu is None and "RANK" not in os.environ and torch.cuda.device_count() > 1:
+        if args.amp:  # DataParallel's threads would use float16 instead of bfloat16
+            fail("--amp: needs one process per GPU; add --multiprocessing-distributed, or --gpu 0 to use one GPU")
+        model = DataParallel(model)
+    criterion = nn.CrossEntropyLoss().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
+    checkpoint = {"epoch": 0, "best_acc1": 0.0}
+    if args.resume:
+        checkpoint = load_checkpoint(args, model, optimizer, scheduler)
+    first_epoch = checkpoint["epoch"] if args.start_epoch is None else args.start_epoch
+    best_acc1 = checkpoint["best_acc1"]
+
+    def state(epoch):
+        """What a checkpoint holds; epoch is the one to resume with."""
+        return {
+            "epoch": epoch,
+            "arch": args.arch,
+            "state_dict": getattr(model, "module", model).state_dict(),
+            "best_acc1": best_acc1,
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+
+    say(args, f"=> decoding JPEGs with {'Pillow' if args.decode == 'pil' else jpeg_decoder()[0]}")
+    run = Run(args, state)
+    make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]
+    val_loader = DeviceLoader(make_val_loader(args), run)
+    train_loader = None if args.evaluate else TrainLoader(make_train_loader(args), run, checkpoint)
+    if args.evaluate:
+        validate(val_loader, model, criterion, args)
+        return
+    for epoch in range(first_epoch, args.epochs):
+        set_seed(args, epoch)
+        train_loader.set_epoch(epoch)
+        train(train_loader, model, criterion, optimizer, epoch, device, args, train_loader.first_step)
+        acc1 = validate(val_loader, model, criterion, args)
+        scheduler.step()
+        is_best = acc1 > best_acc1
+        best_acc1 = max(acc1, best_acc1)
+        if args.rank == 0:
+            save_checkpoint(state(epoch + 1), is_best)
 
 
-def pick_device(local_rank, args):
-    """The accelerator (CUDA, or what else PyTorch finds) number --gpu or local_rank, else the CPU."""
+def pick_device(gpu, args):
+    """The accelerator (CUDA, or whichever PyTorch finds) with index --gpu or gpu, else the CPU."""
     if args.no_accel or not torch.accelerator.is_available():
         return torch.device("cpu")
     if args.distributed and torch.accelerator.current_accelerator().type == "mps":  # it has no collectives
         return torch.device("cpu")
     count = torch.accelerator.device_count()
-    index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else local_rank % count
+    index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else (gpu or 0) % count
     if not 0 <= index < count:
         fail(f"--gpu {index}: this machine has {count}, numbered from 0")
     if count > 1:
@@ -234,51 +293,18 @@ def pick_device(local_rank, args):
     return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
-# ---------------------------------------------------------------------------- one process's work
-
-
-def run(args):
-    """Train and validate for all epochs, or validate once."""
-    set_seed(args, epoch=-1)
-    say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}' on {args.device}")
-    net = make_model(args).to(args.device, memory_format=args.memory_format)
-    model = net
-    if args.distributed:
-        model = DistributedDataParallel(net, device_ids=None if args.device.type == "cpu" else [args.device])
-    elif args.device.type == "cuda" and args.gpu is None and "RANK" not in os.environ and torch.cuda.device_count() > 1:
-        if args.amp:  # its threads would take float16 for bfloat16
-            fail("--amp: it takes a process for each GPU; add --multiprocessing-distributed, or --gpu 0 to use one")
-        net = model = DataParallel(net)
-    criterion = nn.CrossEntropyLoss().to(args.device)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
-    state = {"epoch": args.start_epoch or 0, "best_acc1": 0.0}
-    if args.resume:
-        state = load_checkpoint(args, net, optimizer, scheduler)
-    best_acc1 = state["best_acc1"]
-
-    make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]
-    val_loader = DeviceLoader(make_val_loader(args), args)
-    train_loader = None
-    if not args.evaluate:
-        save = functools.partial(save_checkpoint, args, net, optimizer, scheduler)
-        train_loader = TrainLoader(make_train_loader(args), args, state, lambda **at: save(best_acc1=best_acc1, **at))
-    if args.evaluate:
-        validate(val_loader, net, criterion, args)
+def init_process_group(args):
+    if not args.distributed:
         return
-    for epoch in range(state["epoch"], args.epochs):
-        set_seed(args, epoch)
-        if hasattr(train_loader.sampler, "set_epoch"):
-            train_loader.sampler.set_epoch(epoch)
-        train(train_loader, model, criterion, optimizer, epoch, args)
-        acc1 = validate(val_loader, net, criterion, args)
-        scheduler.step()
-        is_best, best_acc1 = acc1 > best_acc1, max(acc1, best_acc1)
-        save_checkpoint(args, net, optimizer, scheduler, epoch + 1, best_acc1, is_best)
+    backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
+    try:
+        dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+    except (RuntimeError, ValueError) as error:
+        fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
 
 
 def set_seed(args, epoch):
-    """With --seed, begin each epoch from a state of its own, so that a resumed run draws what an unbroken one does."""
+    """With --seed, give each epoch a random state of its own, so that a resumed run draws what an unbroken one does."""
     if args.seed is not None:
         random.seed(f"{args.seed} {epoch} {args.rank}")
         torch.manual_seed(random.getrandbits(63))
@@ -286,21 +312,21 @@ def set_seed(args, epoch):
 
 
 def say(args, line):
-    """Print a line once, whatever the number of processes."""
+    """Print a line on rank 0 only."""
     if args.rank == 0:
         print(line, flush=True)
 
 
 def make_model(args):
-    """The network --arch with its 1000 outputs; --pretrained takes the weights of torchvision's first recipe."""
+    """The model --arch with its 1000 outputs; --pretrained loads torchvision's first weights for 224 pixels."""
     weights = None
     if args.pretrained:
         choices = models.get_model_weights(args.arch)
-        names = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")  # those for images of 224 pixels
+        names = ("IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1")
         weights = next((choices[name] for name in names if name in choices.__members__), choices.DEFAULT)
     try:
         return models.get_model(args.arch, weights=weights)
-    except Exception as error:  # no network, or a file that is broken
+    except Exception as error:  # no network, or a broken file
         if not weights:
             raise
         fail(f"--pretrained: no {weights.url} in {torch.hub.get_dir()}/checkpoints ({first_line(error)})")
@@ -310,9 +336,9 @@ def make_model(args):
 
 
 def make_train_loader_orig(args):
-    """Batches of DIR/train, in a new order each epoch. Under DDP each rank gets as many samples as any other.
+    """Batches of DIR/train, in a new order each epoch. Under DDP all ranks get the same number of samples.
 
-    images: float32 (B, 3, 224, 224), normalised; target: int64 (B).
+    images: float32 (B, 3, 224, 224), normalized; target: int64 (B).
     """
     dataset = open_folder(args, "train")
     if len(dataset) < args.world_size:
@@ -322,7 +348,7 @@ def make_train_loader_orig(args):
 
 
 def make_val_loader_orig(args):
-    """Batches of DIR/val, in order. Under DDP each sample goes to one rank alone, so that nothing counts twice."""
+    """Batches of DIR/val, in order. Under DDP each sample goes to one rank only, so that none counts twice."""
     dataset = open_folder(args, "val")
     return make_loader(args, Subset(dataset, range(args.rank, len(dataset), args.world_size)))
 
@@ -335,12 +361,13 @@ def make_loader(args, dataset, **order):
 def open_folder(args, split):
     """DIR/train or DIR/val as torchvision's ImageFolder, whose classes are the sorted names of the class folders."""
     transform = make_transform(args, split)
-    if args.dummy:  # one image of noise again and again, so that no time goes into making it
+    if args.dummy:  # the same random image each time, so that making it takes no time
         image = transform(Image.frombytes("RGB", (224, 224), random.randbytes(3 * 224 * 224)))
         size = TRAIN_SIZE if split == "train" else VAL_SIZE
         return TensorDataset(image.expand(size, *image.shape), torch.arange(size) % NUM_CLASSES)
     try:
-        dataset = datasets.ImageFolder(os.path.join(args.data, split), transform, loader=read_file)
+        load = functools.partial(load_image, decode=DECODERS[args.decode])
+        dataset = datasets.ImageFolder(os.path.join(args.data, split), transform, loader=load)
         classes, _ = datasets.folder.find_classes(os.path.join(args.data, "train"))
     except OSError as error:
         fail(f"{args.data}: {first_line(error)}; it must hold train/ and val/, each with a folder of images per class")
@@ -348,142 +375,133 @@ def open_folder(args, split):
     if differing:
         fail(f"{args.data}: train/ and val/ differ in their class folders, e.g. {', '.join(differing[:5])}")
     if len(classes) > NUM_CLASSES:
-        fail(f"{args.data}: {len(classes)} class folders, but the network has {NUM_CLASSES} outputs")
+        fail(f"{args.data}: {len(classes)} class folders, but the model has {NUM_CLASSES} outputs")
+    say(args, f"=> {split}: {len(dataset)} images, {len(classes)} classes")
     return dataset
 
 
 def make_transform(args, split):
-    """From (name, bytes) of an image file to what workers hand over. Random for the training split, unless "simple".
+    """From a decoded image to what the workers return. Random for the training split, unless "simple".
 
-    --decode pil: float32 (3, S, S), normalised. --decode tensor: uint8 (S, S, 3), which DeviceLoader normalises.
+    --decode pil: float32 (3, S, S), normalized. --decode tensor: uint8 (S, S, 3), which DeviceLoader normalizes.
     """
-    decode, size = decode_pil if args.decode == "pil" else decode_tensor, args.image_size
-    stages = [decode, v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
+    size = args.image_size
+    stages = [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
     if split == "train" and args.augmentation == "full":
-        stages = [decode, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+        stages = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
         if args.decode == "tensor":  # the same in half the time
-            stages = [decode, functools.partial(random_crop, size=size)]
+            stages = [functools.partial(random_crop, size=size)]
     if args.dummy:
-        stages = [v2.CenterCrop(size)]
+        stages = [v2.PILToTensor(), v2.CenterCrop(size)]
     if args.decode == "tensor":
-        return v2.Compose([*stages, v2.PILToTensor(), channels_last])
+        return v2.Compose([*stages, channels_last])
     return v2.Compose([*stages, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
-def read_file(path):
-    try:
-        with open(path, "rb") as file:
-            return path, file.read()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-
-
-def decode_pil(file):
-    """An RGB PIL image from (name, bytes) of an image file. DataError gives the name if Pillow can't read it."""
-    name, data = file
+def decode_pil(data):
+    """RGB PIL image from the bytes of an image file; DataError if Pillow can't decode it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow raises nearly anything on broken bytes
-        raise DataError(f"{name}: not a readable image ({first_line(error)})") from error
+    except Exception as error:  # Pillow raises nearly any type on broken files
+        reason = first_line(error).partition(" <_io.")[0]  # without the address of the bytes
+        raise DataError(f"not a readable image ({reason})") from error
+
+
+def load_image(path, decode=decode_pil):
+    """An image from its file. DataError names the file if it can't be read or decoded."""
+    try:
+        with open(path, "rb") as file:
+            return decode(file.read())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 # ---------------------------------------------------------------------------- train, validate
 
 
-def train(train_loader, model, criterion, optimizer, epoch, args):
-    """One epoch. `Data` in the printed lines is the part of `Time` spent waiting for the loader."""
-    batch_time, data_time = Meter("Time", "6.3f"), Meter("Data", "6.3f")
-    losses, top1, top5 = Meter("Loss", ".4e"), Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
-    meters = [batch_time, data_time, losses, top1, top5]
+def train(train_loader, model, criterion, optimizer, epoch, device, args, first_step=0):
+    """Train for an epoch, or for the rest of it. `Data` is the part of `Time` spent waiting for the loader, in s."""
+    batch_time = AverageMeter("Time", ":6.3f")
+    data_time = AverageMeter("Data", ":6.3f")
+    losses = AverageMeter("Loss", ":.4e")
+    top1 = AverageMeter("Acc@1", ":6.2f")
+    top5 = AverageMeter("Acc@5", ":6.2f")
+    progress = ProgressMeter(len(train_loader), [batch_time, data_time, losses, top1, top5], f"Epoch: [{epoch}]")
     model.train()
     end = time.time()
-    for i, (images, target) in enumerate(train_loader):
+    for i, (images, target) in enumerate(train_loader, first_step):
         data_time.update(time.time() - end)
-        images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
-        target = target.to(args.device, non_blocking=True)
+        images = images.to(device, non_blocking=True, memory_format=args.memory_format)
+        target = target.to(device, non_blocking=True)
 
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             output = model(images)
             loss = criterion(output, target)
-        acc1, acc5 = accuracy(output, target)
-        losses.update(loss.detach(), len(images))
-        top1.update(acc1, len(images))
-        top5.update(acc5, len(images))
+        acc1, acc5 = accuracy(output, target, topk=(1, 5))
+        losses.update(loss.detach(), images.size(0))
+        top1.update(acc1, images.size(0))
+        top5.update(acc5, images.size(0))
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
         if i % args.print_freq == 0:
-            loss.item()  # waits for the device, or its work would count as waiting for the next batch
+            loss.item()  # waits for the device; else its work would count as waiting for the next batch
         batch_time.update(time.time() - end)
         end = time.time()
-        if i % args.print_freq == 0:
-            say(args, progress(f"Epoch: [{epoch}]", i + 1, len(train_loader), meters))
+        if i % args.print_freq == 0 and args.rank == 0:
+            progress.display(i + 1)
 
 
 @torch.no_grad()
-def validate(val_loader, net, criterion, args):
-    """Top-1 accuracy in percent over the samples of all ranks, each counted once.
-
-    Takes the network inside DDP: ranks may have different numbers of batches, and DDP's forward would wait for all.
-    """
-    batch_time = Meter("Time", "6.3f")
-    losses, top1, top5 = Meter("Loss", ".4e"), Meter("Acc@1", "6.2f"), Meter("Acc@5", "6.2f")
-    meters = [batch_time, losses, top1, top5]
-    if args.distributed:  # ranks keep running statistics of their own in batch norm; the checkpoint has rank 0's
-        for buffer in net.buffers():
+def validate(val_loader, model, criterion, args):
+    """Top-1 accuracy in percent over the samples of all ranks, each counted once."""
+    batch_time = AverageMeter("Time", ":6.3f")
+    losses = AverageMeter("Loss", ":.4e")
+    top1 = AverageMeter("Acc@1", ":6.2f")
+    top5 = AverageMeter("Acc@5", ":6.2f")
+    progress = ProgressMeter(len(val_loader), [batch_time, losses, top1, top5], "Test: ")
+    if args.distributed:
+        model = model.module  # ranks may have different numbers of batches; DDP's forward would wait for all
+        for buffer in model.buffers():  # batch norm's statistics differ by rank; the checkpoint has rank 0's
             dist.broadcast(buffer, 0)
-    net.eval()
+    model.eval()
     end = time.time()
     for i, (images, target) in enumerate(val_loader):
         images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(args.device, non_blocking=True)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            output = net(images)
+            output = model(images)
             loss = criterion(output, target)
-        acc1, acc5 = accuracy(output, target)
-        losses.update(loss, len(images))
-        top1.update(acc1, len(images))
-        top5.update(acc5, len(images))
+        acc1, acc5 = accuracy(output, target, topk=(1, 5))
+        losses.update(loss, images.size(0))
+        top1.update(acc1, images.size(0))
+        top5.update(acc5, images.size(0))
         batch_time.update(time.time() - end)
         end = time.time()
-        if i % args.print_freq == 0 and i + 1 < len(val_loader):
-            say(args, progress("Test: ", i + 1, len(val_loader), meters))
+        if i % args.print_freq == 0 and i + 1 < len(val_loader) and args.rank == 0:
+            progress.display(i + 1)
     if args.distributed:
-        add_up([losses, top1, top5], args.device)
-    say(args, progress("Test: ", len(val_loader), len(val_loader), meters))  # its averages are those over all ranks
-    say(args, f" * Acc@1 {top1.average:.3f} Acc@5 {top5.average:.3f}")
-    return top1.average
-
-
-@torch.no_grad()
-def accuracy(output, target):
-    """Percentage of samples whose class is the first, and among the first five, of the outputs (B, 1000)."""
-    hits = output.topk(5, dim=1).indices == target[:, None]
-    return 100 * hits[:, 0].float().mean(), 100 * hits.any(dim=1).float().mean()
+        for meter in (losses, top1, top5):
+            meter.all_reduce(args.device)
+    if args.rank == 0:
+        progress.display(len(val_loader))  # its averages are those over all ranks
+        print(f" * Acc@1 {top1.avg:.3f} Acc@5 {top5.avg:.3f}", flush=True)
+    return top1.avg
 
 
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best=False, **more):
-    """Rank 0 writes checkpoint.pth.tar, of which the next epoch is `epoch`. The network is the bare torchvision one."""
-    if args.rank > 0:
-        return
-    net = net.module if isinstance(net, DataParallel) else net
-    state = {
-        "epoch": epoch,
-        "arch": args.arch,
-        "state_dict": net.state_dict(),
-        "best_acc1": best_acc1,
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        **more,
-    }
-    for name in ("model_best.pth.tar", "checkpoint.pth.tar") if is_best else ("checkpoint.pth.tar",):
-        try:  # the one before stays until the new one is whole and on disk
+def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
+    """Write the state. The previous file stays until the new one is complete and on disk."""
+    # the best first: after a kill in between, the resumed run would not find that epoch better than itself
+    for name in ("model_best.pth.tar", filename) if is_best else (filename,):
+        try:
             with open(f"{name}.partial", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -495,96 +513,101 @@ def save_checkpoint(args, net, optimizer, scheduler, epoch, best_acc1, is_best=F
             fail(f"{os.getcwd()}: can't write {name} there ({first_line(error)})")
 
 
-def load_checkpoint(args, net, optimizer, scheduler):
-    """Fill all three from --resume, ours or pytorch/examples', and return what else it holds."""
-    net = net.module if isinstance(net, DataParallel) else net
+def load_checkpoint(args, model, optimizer, scheduler):
+    """Load --resume, ours or pytorch/examples', into all three, and return it."""
+    model = getattr(model, "module", model)
+    say(args, f"=> loading checkpoint '{args.resume}'")
     try:
-        state = torch.load(args.resume, map_location="cpu", weights_only=True)
-        state["epoch"], state["best_acc1"] = int(state["epoch"]), float(state["best_acc1"])
-        # DataParallel and DDP put "module." before the names, for AlexNet and VGG after their "features."
-        weights = {name.replace("module.", ""): value for name, value in state["state_dict"].items()}
-        arch, others = state["arch"], (state["optimizer"], state["scheduler"])
-    except Exception as error:  # torch.load raises nearly anything on a file that is no checkpoint
-        what = first_line(error).partition(". ")[0]  # without advice to run what the file may hold
-        fail(f"--resume {args.resume}: no checkpoint of this script ({what})")
-    if arch != args.arch:
-        fail(f"--resume {args.resume}: it holds a {arch}; add --arch {arch}")
+        checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+        checkpoint["epoch"] = int(checkpoint["epoch"])
+        checkpoint["best_acc1"] = float(checkpoint["best_acc1"])
+        # DataParallel and DDP put "module." before the names; for AlexNet and VGG after "features."
+        weights = {name.replace("module.", ""): value for name, value in checkpoint["state_dict"].items()}
+        missing = {"arch", "optimizer", "scheduler"} - checkpoint.keys()
+        if missing:
+            fail(f"no {', '.join(sorted(missing))} in it")
+    except Exception as error:  # torch.load raises nearly any type on other files
+        reason = first_line(error).partition(". ")[0]  # without PyTorch's advice to run what the file may hold
+        fail(f"--resume {args.resume}: no checkpoint of this script ({reason})")
+    if checkpoint["arch"] != args.arch:
+        fail(f"--resume {args.resume}: it holds a {checkpoint['arch']}; add --arch {checkpoint['arch']}")
     try:
-        net.load_state_dict(weights)
-        optimizer.load_state_dict(others[0])
-        scheduler.load_state_dict(others[1])
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
-    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {state['epoch']})")
-    return {name: state[name] for name in ("epoch", "best_acc1", "position") if name in state}
+    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {checkpoint['epoch']})")
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------- meters
 
 
-class Meter:
-    """The last value of a quantity and its average weighted by n. Tensors stay on their device until printed."""
+class AverageMeter:
+    """The last value of a quantity and its average, weighted by n. Tensors stay on their device until printed."""
 
-    def __init__(self, name, form):
-        self.name, self.form, self.value, self.sum, self.count = name, form, 0.0, 0.0, 0
+    def __init__(self, name, fmt=":f"):
+        self.name = name
+        self.fmt = fmt
+        self.val = 0.0
+        self.sum = 0.0
+        self.count = 0
 
-    def update(self, value, n=1):
-        self.value = value
-        self.sum += value * n
+    def update(self, val, n=1):
+        self.val = val
+        self.sum += val * n
         self.count += n
 
     @property
-    def average(self):
+    def avg(self):
         return float(self.sum) / max(self.count, 1)
 
+    def all_reduce(self, device):
+        """Make the average that over all ranks."""
+        total = torch.tensor([float(self.sum), self.count], dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        self.sum, self.count = total.tolist()
+
     def __str__(self):
-        return f"{self.name} {float(self.value):{self.form}} ({self.average:{self.form}})"
+        return f"{{}} {{{self.fmt}}} ({{{self.fmt}}})".format(self.name, float(self.val), self.avg)
 
 
-def progress(prefix, i, total, meters):
-    """One printed line; `Epoch: [3][ 10/100]`, then each meter as value (average), tab-separated."""
-    return "\t".join([f"{prefix}[{i:{len(str(total))}}/{total}]", *map(str, meters)])
+class ProgressMeter:
+    """Prints lines such as `Epoch: [3][ 10/100]`, then each meter as value (average), separated by tabs."""
+
+    def __init__(self, num_batches, meters, prefix=""):
+        self.num_batches = num_batches
+        self.meters = meters
+        self.prefix = prefix
+
+    def display(self, batch):
+        width = len(str(self.num_batches))
+        line = [f"{self.prefix}[{batch:{width}}/{self.num_batches}]", *map(str, self.meters)]
+        print("\t".join(line), flush=True)
 
 
-def add_up(meters, device):
-    """Make the meters' averages those over all ranks."""
-    totals = torch.tensor([[float(m.sum), m.count] for m in meters], dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
-    for meter, (total, count) in zip(meters, totals.tolist(), strict=True):
-        meter.sum, meter.count = total, count
+@torch.no_grad()
+def accuracy(output, target, topk=(1,)):
+    """For each k, the percentage of samples whose class is among the k first of the outputs (B, classes)."""
+    ranked = output.topk(max(topk), dim=1).indices
+    hits = ranked == target[:, None]
+    return [100 * hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
 # ============================================================================ the shards
-# From here on main-wds.py only adds to main-orig.py: how shards are divided, decoded and made into batches, and how an
-# epoch is stopped and resumed. How they are found and read is in makeshards.py, which checks them with the same code.
-
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or sys.maxsize  # 89 million; what is larger Pillow refuses, or warns of
-PREFETCH = 2  # batches that a worker makes ahead: the DataLoader's prefetch_factor, on which Shards.batches relies
+# From here on, main-wds.py only adds to main-orig.py: the pipeline, its stages in the order in which a sample passes
+# them, the way to the device, and how a run is stopped and resumed.
 
 
 def make_train_loader_wds(args):
-    """Batches of the training shards as make_train_loader_orig's are of the folders: as many, and as large."""
-    shards = Shards(args, "train")
-    if sum(shards.lengths) < args.world_size:
-        fail(f"{args.world_size} ranks but {sum(shards.lengths)} training samples: start fewer processes")
-    shards.set_epoch(0)  # from now on the training loop sets it
-    return make_loader_wds(args, shards)
+    """Batches of the training shards: as many, and of the same sizes, as make_train_loader_orig's of the folders."""
+    return make_loader_wds(args, "train", shuffle=args.shuffle, seed=args.seed or 0)
 
 
 def make_val_loader_wds(args):
-    """Batches of the validation shards, in order. Under DDP each sample goes to one rank alone."""
-    return make_loader_wds(args, Shards(args, "val"))
-
-
-def make_loader_wds(args, shards):
-    return DataLoader(  # the workers make the batches, and live on from epoch to epoch
-        shards,
-        batch_size=None,
-        num_workers=args.workers,
-        pin_memory=args.device.type == "cuda",
-        prefetch_factor=PREFETCH if args.workers else None,
-        persistent_workers=args.workers > 0,
-    )
+    """Batches of the validation shards, in order. Under DDP each sample goes to one rank only."""
+    return make_loader_wds(args, "val", train=False)
 
 
 LOADERS = {
@@ -593,127 +616,115 @@ LOADERS = {
 }
 
 
-class Shards(IterableDataset):
-    """One rank's batches of an epoch. In a worker of the DataLoader: that worker's share of them, by plan()."""
+def make_loader_wds(args, split, **options):
+    urls, lengths = find_shards(args, split)
+    transform = v2.Compose([DECODERS[args.decode], make_transform(args, split)])
+    options["pin_memory"] = args.device.type == "cuda"
+    options["reuse_memory"] = args.decode == "tensor"  # DeviceLoader makes floats of these bytes at once
+    ranks = (args.rank, args.world_size)
+    loader = shard_loader(urls, lengths, transform, args.batch_size, args.workers, *ranks, **options)
+    loader.shards = [[os.path.basename(url), length] for url, length in zip(urls, lengths, strict=True)]
+    return loader
 
-    def __init__(self, args, split):
-        self.urls, self.lengths, self.seed = find_shards(args, split)
-        self.rank, self.world_size, self.batch_size = args.rank, args.world_size, args.batch_size
-        self.workers, self.shuffle, self.transform = args.workers, args.shuffle, make_transform(args, split)
-        # the epoch, -1 for validation, and its first batch; shared, so that the workers see what the training loop sets
-        self.start, self.resumed = torch.tensor([-1, 0]).share_memory_(), (None, 0)
 
-    def set_epoch(self, epoch):
-        self.start[:] = torch.tensor([epoch, self.resumed[1] if epoch == self.resumed[0] else 0])
+def shard_loader(
+    urls, lengths, transform, batch_size, workers, rank=0, world_size=1, shuffle=1000, seed=0, train=True,
+    num_classes=NUM_CLASSES, pin_memory=False, reuse_memory=False,
+):  # fmt: skip
+    """A DataLoader of one rank's (images, target) batches, for any training loop.
 
-    def resume(self, args, epoch, position):
-        """Begin that epoch where a checkpoint says; DataError if the rest of its batches would not be the same now."""
-        self.seed = position["seed"] if args.seed is None else self.seed
-        for name, value in self.order().items():
-            if value != (then := position.get(name)):
-                what = f"it stopped within an epoch, with {name} {then!s:.40}, not {value!s:.40}"
-                way_out = f"give the same, or begin the epoch anew with --start-epoch {epoch}"
-                fail(f"--resume {args.resume}: {what}; samples would be lost or come twice: {way_out}")
-        self.resumed = (epoch, position["step"])
+    urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
+    transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
+    reuse_memory: saves 9 %, but later batches overwrite the images, so the caller must copy them at once.
 
-    def order(self):
-        """What decides on the order of the batches, besides the epoch."""
-        shards = [[os.path.basename(url), length] for url, length in zip(self.urls, self.lengths, strict=True)]
-        names = ("seed", "shuffle", "world_size", "workers", "batch_size")  # the last two are of a rank
-        return {"shards": shards, **{name: getattr(self, name) for name in names}}
+    images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch.
+    DataError names a shard or sample that can't be read.
+    """
+    dataset = ShardPipeline(lengths, batch_size, rank, world_size, seed, train)
+    dataset.pipeline = [
+        dataset.pieces,  # (shard, first, last): what this worker reads in this epoch
+        functools.partial(read_shards, urls=urls, lengths=lengths),  # {"__key__": "n01_2", "jpg": b"...", "cls": b"0"}
+        wds.shuffle(shuffle if train else 0, rng=dataset.rng),  # in a buffer of undecoded samples
+        dataset.skip_done,  # after resuming within an epoch
+        functools.partial(decode_samples, transform=transform, num_classes=num_classes),  # (image, class)
+        wds.batched(batch_size, collation_fn=ReusedMemory() if reuse_memory else default_collate),  # (images, target)
+    ]
+    options = {"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {}
+    return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
 
-    def pieces(self, worker, num_workers):
-        epoch = None if self.start[0] < 0 else int(self.start[0])
-        return plan(self.lengths, epoch, self.seed, self.rank, self.world_size, worker, num_workers, self.batch_size)
+
+# ---------------------------------------------------------------------------- which worker reads what
+
+
+class ShardPipeline(wds.DataPipeline):
+    """A pipeline that knows its number of batches and the order of its samples, which set_epoch() changes."""
+
+    def __init__(self, lengths, batch_size, rank, world_size, seed, train):
+        super().__init__()
+        self.batch_size = batch_size
+        self.name = f"{seed} {rank}"
+        self.train = train
+        self.plan = functools.partial(plan, lengths, batch_size, rank, world_size, seed if train else None)
+        self.rng = random.Random()
+        self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with workers that live on
 
     def __len__(self):
-        samples = sum(last - first for _, first, last in self.pieces(0, 1))
-        return max(math.ceil(samples / self.batch_size) - int(self.start[1]), 0)
+        return math.ceil(sum(last - first for _, first, last in self.plan()) / self.batch_size)
 
-    def __iter__(self):
-        if not len(self):  # resumed after the epoch's last batch
-            return iter(())
+    def set_epoch(self, epoch, step=0):
+        """The next iteration reads this epoch, from this step on."""
+        self.position[:] = torch.tensor([epoch, step])
+
+    def pieces(self):
+        """Stage 1: [(shard, first, last)] of this worker. Prepares the later stages for the epoch, too."""
+        epoch, step = self.position.tolist()
         info = get_worker_info()
-        number, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        epoch, step = self.start.tolist()
-        worker = (number + step) % num_workers  # for the loader asks its first one for the batch of that step
-        pieces, done = self.pieces(worker, num_workers), len(range(worker, step, num_workers))
-        stages, seeds = [lambda: read_pieces(pieces, self.urls, self.lengths)], itertools.repeat(None)
-        if epoch >= 0:
-            seeds = (f"{self.seed} {epoch} {self.rank} {i}" for i in itertools.count(step + number, num_workers))
-            draws = random.Random(f"{self.seed} {epoch} {self.rank} of worker {worker}")
-            stages.append(wds.shuffle(self.shuffle, rng=draws))  # of undecoded samples: about 100 KB each
-            stages.append(lambda samples: itertools.islice(samples, done * self.batch_size, None))
-        return iter(wds.DataPipeline(*stages, lambda samples: self.batches(samples, seeds)))
+        workers = info.num_workers if info else 1
+        # the DataLoader asks its first worker for the first step, which another has done before a resume
+        worker = (info.id + step) % workers if info else 0
+        self.done = math.ceil((step - worker) / workers) * self.batch_size
+        self.seed = f"{self.name} {epoch} {worker}"
+        self.rng.seed(self.seed)
+        return self.plan(epoch, worker, workers)
 
-    def decode(self, sample):
-        """(image, class) from a sample of read_pieces."""
-        name = f"{sample['__url__']}: sample {sample['__key__']}".replace("\n", " ")
-        if sample.get("image") is None or sample.get("cls") is None:
-            raise DataError(f"{name} does not hold one image and one class")
-        label = sample["cls"].strip()
-        if not label.isdigit() or len(label) > 9 or int(label) >= NUM_CLASSES:
-            raise DataError(f"{name}: its class {sample['cls'][:20]!r} is not one from 0 to {NUM_CLASSES - 1}")
-        return self.transform((name, sample["image"])), int(label)
-
-    def batches(self, samples, seeds):
-        """(images, target) of each --batch-size samples, decoded: the last of the pipeline's stages.
-
-        The images of every third batch lie in the same shared memory, for fresh memory would take 0.2 ms a sample. By
-        then the DataLoader has done with a batch: it has PREFETCH waiting from each worker, and one in hand. (Also at
-        the end, when it asks the others for what a worker no longer has, as plan() gives no worker two batches more
-        than another.) So copy a batch that you want to keep, and let PREFETCH be the DataLoader's prefetch_factor.
-        """
-        memory = [None] * (PREFETCH + 1)
-        with ThreadPoolExecutor(1) as thread:  # its memory stays apart from the reader's: 3 percent faster
-            for turn, seed in zip(itertools.cycle(range(len(memory))), seeds, strict=False):
-                batch = list(itertools.islice(samples, self.batch_size))
-                if not batch:
-                    return
-                memory[turn], target = thread.submit(self.decode_batch, batch, memory[turn], seed).result()
-                yield memory[turn][: len(batch)], target
-
-    def decode_batch(self, samples, memory, seed):
-        """The samples' images in the memory, which is made if it is None, and their classes."""
-        if seed:  # for the augmentation: each batch has its own, so that an epoch may begin with any
-            random.seed(seed)
-            torch.manual_seed(random.getrandbits(63))
-        target = []
+    def skip_done(self, samples):
+        """Stage 4: leaves out the samples of the steps before the first one. Seeds the augmentation of each batch."""
         for i, sample in enumerate(samples):
-            image, label = self.decode(sample)
-            if memory is None:
-                memory = image.new_empty((len(samples), *image.shape)).share_memory_()
-            memory[i] = image
-            target.append(label)
-        return memory, torch.tensor(target)
+            if self.train and i % self.batch_size == 0:
+                sample["__seed__"] = f"{self.seed} {i}"
+            if i >= self.done:
+                yield sample
 
 
-# ---------------------------------------------------------------------------- who reads what
+def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_workers=1):
+    """What a worker reads in an epoch: [(shard, first, last)] in reading order, the samples first <= i < last.
 
-
-def plan(lengths, epoch, seed, rank, world_size, worker, num_workers, batch_size):
-    """What a worker reads in an epoch: a list of (shard, first, last) in reading order, the samples first <= i < last.
-
-    The shards, in an order drawn from (seed, epoch), lie end to end. Each rank takes an equal stretch of the line, the
-    last one wrapping round to its start; epoch None is validation, in order and without wrapping. Each worker takes
-    a stretch of whole batches out of its rank's. The loader asks the workers in turn for a batch, so the stretch that
-    ends the rank's, with the short batch, goes to the worker whose turn comes last.
+    The shards, in an order drawn from (seed, epoch), form one sequence of samples. Each rank reads an equal range of
+    it, the last one wrapping around. Without a seed, for validation, they are in order and nothing wraps. Each worker
+    reads a range of whole batches of its rank's. The DataLoader asks the workers in turn, so the last range, with the
+    short batch, goes to the worker whose turn comes last.
     """
-    order, total = list(range(len(lengths))), sum(lengths)
-    if epoch is None:
-        first, end = total * rank // world_size, total * (rank + 1) // world_size
+    total = sum(lengths)
+    order = list(range(len(lengths)))
+    if seed is None:
+        first = total * rank // world_size
+        end = total * (rank + 1) // world_size
     else:
         random.Random(f"{seed} {epoch}").shuffle(order)
         share = math.ceil(total / world_size)
         first = rank * share % total
         end = first + share
     batches = math.ceil((end - first) / batch_size)
-    turns = [(batches + i) % num_workers for i in range(num_workers)]  # the workers in the order of their stretches
-    before = turns[: turns.index(worker)]
-    first += batch_size * sum(len(range(w, batches, num_workers)) for w in before)
-    end = min(end, first + batch_size * len(range(worker, batches, num_workers)))
-    pieces, start = [], 0
-    for shard in order + order:  # twice, for the stretch that wraps round
+    for i in range(num_workers):  # in the order of their ranges
+        turn = (batches + i) % num_workers
+        size = batch_size * len(range(turn, batches, num_workers))  # its steps: turn, turn + num_workers, ...
+        if turn == worker:
+            break
+        first += size
+    end = min(end, first + size)
+    pieces = []
+    start = 0
+    for shard in order + order:  # twice, for the range that wraps around
         piece = (shard, max(first - start, 0), min(end - start, lengths[shard]))
         if piece[1] < piece[2]:
             pieces.append(piece)
@@ -721,67 +732,231 @@ def plan(lengths, epoch, seed, rank, world_size, worker, num_workers, batch_size
     return pieces
 
 
+# ---------------------------------------------------------------------------- finding and reading the shards
+
+INDEX = "_info.json"
+INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
+IMAGES = {ending.lstrip(".") for ending in datasets.folder.IMG_EXTENSIONS}  # in a sample; its class is in "cls"
+TIMEOUT = 60  # seconds that an http server may be silent
+PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote shard is read again; five minutes in all
+
+
 def find_shards(args, split):
-    """(urls, samples in each, seed) of a split, found or drawn by rank 0 and the same on all ranks."""
-    found = [None]
-    if args.rank == 0:
-        pattern, size = (args.trainshards, args.trainsize) if split == "train" else (args.valshards, args.valsize)
-        seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
-        try:
-            found = [(*makeshards.list_shards(args.shards, split, pattern, size), seed)]
-        except makeshards.DataError as error:  # for all ranks: they wait for what comes
-            found = [error]
-    if args.distributed:
-        dist.broadcast_object_list(found, device=args.device)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    """(urls, lengths) of the shards of a split, "train" or "val", after checks of what the index says."""
+    patterns = {"train": args.trainshards, "val": args.valshards}
+    urls, lengths, classes = list_shards(args.shards, split, patterns[split])
+    for url in urls:
+        if is_local(url) and not os.path.exists(url):
+            fail(f"{url}: no such shard, though --{split}shards or the index names it")
+    if sum(lengths) < (args.world_size if split == "train" else 1):
+        fail(f"{args.world_size} ranks but {sum(lengths)} samples in the {split} shards: start fewer processes")
+    if classes and len(classes) > NUM_CLASSES:
+        fail(f"--shards {args.shards}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
+    if split == "val" and not args.evaluate:
+        _, _, others = list_shards(args.shards, "train", patterns["train"])
+        if classes and others and classes != others:
+            differing = ", ".join(sorted(set(classes) ^ set(others))[:5]) or "their order"
+            fail(f"training and validation shards have different classes: {differing}; write both in one run")
+    say(args, f"=> {split}: {sum(lengths)} images in {len(urls)} shards, {len(classes) if classes else 'any'} classes")
+    return urls, lengths
 
 
-def read_pieces(pieces, urls, lengths):
-    """The samples of the plan: {"__url__", "__key__", "image": bytes, "cls": bytes}, none of them decoded."""
-    for shard, first, last in pieces:
-        yield from makeshards.read_shard(urls[shard], first, last, lengths[shard])
+def list_shards(folder, split, pattern=None):
+    """(urls, lengths, classes or None) of a split's shards, by the index in a folder or at a URL.
 
-
-# ---------------------------------------------------------------------------- from a file's bytes to a tensor
-
-
-def decode_tensor(file):
-    """uint8 (3, H, W), in RGB, from (name, bytes) of an image file. DataError gives the name if nothing can read it.
-
-    Torchvision decodes whole JPEGs of one or three channels. What else there is, CMYK and PNG, broken and cut off, goes
-    to Pillow, and so does everything once torchvision has no decoder: since 0.29 its Python function, though not this
-    operator below it, warns at each call that it will go.
+    The shards are beside the index, or where a pattern says; then an index beside them goes before the folder's.
     """
-    _, data = file
-    if hasattr(torch.ops.image, "decode_jpeg") and data.endswith(b"\xff\xd9") and 0 < jpeg_pixels(data) <= MAX_PIXELS:
-        try:  # mode 0: the channels as they are; and EXIF's orientation is left alone, as Pillow does
-            image = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, False)
-            if image.shape[0] in (1, 3):
-                return image.expand(3, -1, -1)
-        except RuntimeError:  # perhaps Pillow can
+    folder = folder.rstrip("/")
+    if not pattern:
+        entry = (read_index(folder) or {}).get(INDEX_NAMES[split])
+        if not entry:
+            fail(f"--shards {folder}: no {INDEX} there that names {split} shards; write them with makeshards.py")
+        return [f"{folder}/{name}" for name in entry["filenames"]], entry["shard_lengths"], entry["classes"]
+    urls = expand(pattern)
+    has_folder = is_local(urls[0]) or urls[0].startswith("http")
+    index = (has_folder and read_index(os.path.dirname(urls[0]) or ".")) or read_index(folder)
+    if not index:
+        fail(f"{pattern}: no {INDEX} beside the shards or in --shards {folder}; write it with makeshards.py --index")
+    known = {}
+    for entry in index.values():
+        known |= zip(map(os.path.basename, entry["filenames"]), entry["shard_lengths"], strict=True)
+    lengths = []
+    for url in urls:  # the file name may stand anywhere in a command
+        names = {word.rpartition("/")[2] for word in re.split(r"[\s'\"|;<>?&=]+", url)} & known.keys()
+        if len(names) != 1:
+            fail(f"{url}: names {len(names)} shards of the index, not one; write it anew with makeshards.py --index")
+        lengths.append(known[names.pop()])
+    return urls, lengths, entry["classes"]
+
+
+def read_index(folder):
+    """{split: its entry in the index} of a folder or URL; None if there is no index. DataError if it can't be right."""
+    try:
+        with wds.gopen(f"{folder}/{INDEX}") as stream:
+            index = json.loads(stream.read())
+        for entry in index["splits"].values():
+            names, lengths = entry["filenames"], entry["shard_lengths"]
+            entry.setdefault("classes", index.get("classes"))
+            for name in names:  # such a name could run a command
+                if name.startswith("/") or ":" in name or ".." in name.split("/"):
+                    raise ValueError(f"{name} is not below it")
+            if len(set(names)) != len(lengths) or sum(lengths) != entry["num_samples"] or min(lengths, default=0) < 0:
+                raise ValueError("filenames, shard_lengths and num_samples do not agree")
+        return index["splits"]
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) or getattr(error, "code", None) in (403, 404):
+            return None
+        fail(f"{folder}/{INDEX}: not an index of shards ({reason(error)}); write another with makeshards.py --index")
+
+
+def expand(pattern):
+    """The paths and URLs of a pattern: braces and, in paths, globs are expanded."""
+    try:
+        urls = expand_urls(pattern)
+    except (ValueError, AssertionError) as error:  # unbalanced braces, unknown variables
+        fail(f"{pattern}: {first_line(error)}")
+    found = []
+    for url in urls:
+        found += sorted(glob.glob(url)) if is_local(url) and glob.has_magic(url) else [url]
+    return found or fail(f"{pattern}: no shard matches")
+
+
+def is_local(url):
+    return "://" not in url and not url.startswith("pipe:")
+
+
+def read_shards(pieces, urls, lengths):
+    """Stage 2: the samples of the pieces."""
+    for shard, first, last in pieces:
+        yield from read_shard(urls[shard], lengths[shard], first, last)
+
+
+def read_shard(url, length, first, last):
+    """The samples first <= i < last of a shard of `length` samples; DataError if it is damaged or of another length.
+
+    A remote shard is read again, without the samples that came, until no new one has come for five minutes.
+    """
+    pauses = iter(PAUSES)
+    while True:
+        count = 0
+        try:
+            with contextlib.closing(read_tar(url)) as samples:
+                for sample in samples:
+                    count += 1
+                    if first < count <= last:
+                        first = count
+                        pauses = iter(PAUSES)
+                        yield sample
+                    if count == last < length:  # another worker reads the rest
+                        return
+            if count == length:
+                return
+            problem = f"{count} samples, but {length} by its index"  # a tar that was cut off may look like a whole one
+            status = 500 if count < length else 400
+        except Exception as error:  # a damaged tar may raise nearly anything
+            problem = f"broken after {count} of its {length} samples ({reason(error)})"
+            status = getattr(error, "code", 500)
+        pause = next(pauses, None)
+        if pause is None or is_local(url) or (status < 500 and status not in (408, 429)):
+            fail(f"{url}: {problem}")
+        sys.stderr.write(f"{url}: {problem}; reading it again in {pause} s\n")
+        time.sleep(pause)
+
+
+def read_tar(url):
+    """The samples of a shard, undecoded: {"__url__", "__key__", "jpg" or another ending: bytes, "cls": bytes}."""
+    source = {"url": url}  # to which webdataset adds the stream
+    try:
+        for sample in wds.tarfile_samples([source]):
+            if len(IMAGES & sample.keys()) != 1 or "cls" not in sample:
+                raise ValueError(f"sample {sample['__key__']} does not hold one image and one class")
+            yield sample
+        while source["stream"].read(1 << 20):  # the padding, or a command could not write it
             pass
-    return v2.functional.pil_to_tensor(decode_pil(file))
+        source["stream"].close()  # an error if a command has failed
+    finally:
+        if "stream" in source:
+            set_options(source["stream"], ignore_errors=True)  # of a command that can't write the rest
+            source["stream"].close()
 
 
-def jpeg_pixels(data):
-    """Pixels of a JPEG by its header, for a small file may unpack to gigabytes; 0 if that is not where it should be."""
-    i = 2
-    while data[:2] == b"\xff\xd8" and data[i : i + 1] == b"\xff" and len(data) >= i + 9:
-        if data[i + 1] < 0xC0 or data[i + 1] == 0xFF or data[i + 1] in range(0xD0, 0xDB):  # none that has a length here
-            return 0
-        if data[i + 1] in range(0xC0, 0xD0) and data[i + 1] not in (0xC4, 0xC8, 0xCC):  # a frame's header
-            return int.from_bytes(data[i + 5 : i + 7], "big") * int.from_bytes(data[i + 7 : i + 9], "big")
-        i += 2 + int.from_bytes(data[i + 2 : i + 4], "big")
-    return 0
+def reason(error):
+    """What an error says, without the streams, URLs and commands that webdataset adds to it."""
+    if isinstance(error, HTTPError) or not error.args or not isinstance(error.args[0], str):
+        return first_line(error)
+    status = re.search(r"exit -?\d+(?= \(read\))", error.args[0])
+    return f"the command ended with {status[0]}" if status else re.split(r" @ <| dict_keys", error.args[0])[0]
+
+
+def open_http(url, mode="rb", bufsize=None):
+    """For wds.gopen(), instead of its curl: a silent server is an error, and the status of a failure is known."""
+    return urllib.request.urlopen(url, timeout=TIMEOUT)
+
+
+wds.gopen_schemes.update(http=open_http, https=open_http)
+
+
+# ---------------------------------------------------------------------------- decoding, batching
+
+PREFETCH = 2  # batches that a worker makes ahead; ReusedMemory relies on it
+
+
+def decode_samples(samples, transform, num_classes):
+    """Stage 5: (image, class) of each sample."""
+    for sample in samples:
+        if "__seed__" in sample:
+            random.seed(sample["__seed__"])
+            torch.default_generator.manual_seed(random.getrandbits(63))
+        try:
+            label = sample["cls"].strip()
+            if not label.isdigit() or len(label) > 9 or int(label) >= num_classes:
+                fail(f"its class {str(label[:20])[1:]} is not one from 0 to {num_classes - 1}")
+            (ending,) = IMAGES & sample.keys()
+            yield transform(sample[ending]), int(label)
+        except DataError as error:
+            name = f"{sample['__url__']}: sample {sample['__key__']}".replace("\n", " ")
+            raise DataError(f"{name}: {error}") from error
+
+
+def decode_tensor(data):
+    """uint8 (3, H, W), RGB, from the bytes of an image file; DataError if it can't be decoded.
+
+    JPEGs of one or three channels go to the fast decoder, all else to Pillow. EXIF orientation is ignored.
+    """
+    name, decode_jpeg = jpeg_decoder()
+    try:
+        with Image.open(io.BytesIO(data)) as image:  # reads the header, in 30 µs; an error if the image is huge
+            fast = decode_jpeg and image.format == "JPEG" and image.mode in ("L", "RGB")
+            rotated = name == "TorchCodec" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        if fast and not rotated:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except Exception:  # perhaps Pillow can decode it
+        pass
+    return v2.functional.pil_to_tensor(decode_pil(data))
+
+
+DECODERS = {"tensor": decode_tensor, "pil": decode_pil}
+
+
+@functools.cache
+def jpeg_decoder():
+    """(name, function) of the fastest decoder there is, from uint8 (N), a JPEG's bytes, to uint8 (3, H, W)."""
+    try:
+        from torchcodec.decoders import decode_jpeg  # 0.16 or newer; it rotates by EXIF orientation
+
+        return "TorchCodec", decode_jpeg
+    except (ImportError, OSError, RuntimeError):  # there is none, or it was built for another PyTorch
+        pass
+    if hasattr(torch.ops.image, "decode_jpeg"):  # torchvision.io's function around it warns that it will be removed
+        return "torchvision", lambda data: torch.ops.image.decode_jpeg(data, ImageReadMode.RGB.value, False)
+    return "Pillow", None
 
 
 def random_crop(image, size):
     """uint8 (3, size, size) from (3, H, W): a random part of the image, in half of all cases mirrored.
 
-    The distribution is that of v2.RandomResizedCrop and v2.RandomHorizontalFlip, which take 0.5 ms of a sample's 1.7.
-    This takes half of that: it draws plain numbers, not tensors, and lays out the crop as the resizing works fastest.
+    The distribution is that of v2.RandomResizedCrop and v2.RandomHorizontalFlip. This takes half of their 0.5 ms: it
+    draws plain numbers, not tensors, and lays out the crop in memory as the resizing works fastest.
     """
     top, left, height, width = crop_box(*image.shape[1:])
     crop = image[None, :, top : top + height, left : left + width].clone(memory_format=torch.channels_last)
@@ -794,158 +969,202 @@ def crop_box(height, width):
     for _ in range(10):
         area = height * width * random.uniform(0.08, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             return random.randint(0, height - h), random.randint(0, width - w), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    w = min(width, round(height * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def channels_last(image):
-    """(H, W, 3) from (3, H, W): how the decoder laid it out in memory, and how the batch stays."""
+    """(H, W, 3) from (3, H, W): the layout that decoders write, and that batches keep."""
     return image.permute(1, 2, 0)
 
 
-# ---------------------------------------------------------------------------- to the device, and what stops and resumes
+class ReusedMemory:
+    """Stage 6, instead of default_collate: images of every third batch in the same shared memory, already mapped.
+
+    The DataLoader holds at most PREFETCH of a worker's batches that nobody has asked for yet. The one before these is
+    free once the caller has copied it.
+    """
+
+    def __init__(self):
+        self.blocks = [torch.empty(0)] * (PREFETCH + 1)
+
+    def __call__(self, samples):
+        images, target = zip(*samples, strict=True)
+        block = self.blocks.pop(0)
+        if len(block) < len(images):
+            block = images[0].new_empty((len(images), *images[0].shape)).share_memory_()
+        self.blocks.append(block)
+        return torch.stack(images, out=block[: len(images)]), torch.tensor(target)
+
+
+# ---------------------------------------------------------------------------- to the device, stopping, resuming
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Run:
+    """Where the run is, and the signal that asks to stop it, if there was one."""
+
+    def __init__(self, args, state):
+        self.args = args
+        self.state = state  # state(epoch): what a checkpoint holds
+        self.epoch = 0
+        self.position = None  # what --resume needs to continue within the epoch; None for folders
+        self.signal = 0
+        self.second = math.inf  # when a signal is the second one: torchrun and terminals both send the first
+        self.group = dist.new_group(backend="gloo") if args.distributed else None
+        self.ending = torch.tensor(False).share_memory_()  # tells the workers to end
+        Finalize(None, self.ending.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
+        for number in SIGNALS:
+            signal.signal(number, self.note)
+
+    def note(self, number, _):
+        if time.monotonic() > self.second:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal = number
+            self.second = time.monotonic() + 2
+
+    def over_ranks(self, number):
+        """The largest of the ranks' numbers."""
+        number = torch.tensor(number)
+        if self.group:
+            dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
+        return int(number)
+
+    def stop_if_asked(self):
+        """Write a checkpoint and exit if any rank has noted a signal. All ranks come here after the same step."""
+        number = self.over_ranks(self.signal)
+        if not number:
+            return
+        self.save()
+        if self.group:
+            dist.barrier(self.group)  # until it is written
+            dist.destroy_process_group()
+        if self.args.rank == 0:
+            where = f"(epoch {self.epoch}, step {self.position['step']})" if self.position else "after the last epoch"
+            how = f"stopped by {signal.Signals(number).name}; --resume checkpoint.pth.tar continues {where}"
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {how}\n")
+        self.ending.fill_(True)
+        sys.exit(128 + number)
+
+    def save(self):
+        if self.position and self.args.rank == 0:
+            save_checkpoint({**self.state(self.epoch), "position": self.position}, is_best=False)
 
 
 class DeviceLoader:
-    """Brings a loader's uint8 batches to the device and normalises them there; others pass as they are.
+    """A loader's batches on the device, between which a signal stops the run."""
 
-    On a GPU that happens in a stream of its own, for a batch while the one before is worked on.
-    """
-
-    def __init__(self, loader, args):
-        self.loader, self.device, self.memory_format = loader, args.device, args.memory_format
-        self.sampler = loader.dataset if isinstance(loader.dataset, Shards) else loader.sampler
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.mean, self.std = (255 * torch.tensor(x, device=self.device).view(1, 3, 1, 1) for x in (MEAN, STD))
-        loader.worker_init_fn = leave_signals
-        Finalize(None, end_workers, exitpriority=0)  # atexit is too late for the processes of mp.spawn
+    def __init__(self, loader, run):
+        self.loader = loader
+        self.run = run
+        self.args = run.args
+        self.mean, self.std = (255 * torch.tensor(x, device=run.args.device).view(1, 3, 1, 1) for x in (MEAN, STD))
+        loader.worker_init_fn = functools.partial(begin_worker, run.ending)
 
     def __len__(self):
-        return len(self.sampler) if isinstance(self.sampler, Shards) else len(self.loader)
+        return len(self.loader)
 
     def __iter__(self):
-        yield from self.ahead() if self.stream else map(self.bring, self.loader)
+        return self.steps(0)
 
-    def ahead(self):
-        """The batches, each handed out once the copy of the next one has begun."""
-        ready = None
-        self.stream.wait_stream(torch.cuda.current_stream())
-        for batch in self.loader:
-            with torch.cuda.stream(self.stream):
-                coming = self.bring(batch)
-            if ready:
-                yield ready
-            torch.cuda.current_stream().wait_stream(self.stream)
-            for tensor in coming:  # or its memory might be given away while the training still reads it
-                tensor.record_stream(torch.cuda.current_stream())
-            ready = coming
-        if ready:
-            yield ready
+    def steps(self, first):
+        """The batches from this step on: images float32 (B, 3, S, S), normalized; target int64 (B)."""
+        try:
+            batches = iter(self.loader)
+            last = self.run.over_ranks(len(self))  # ranks may have different numbers of validation batches
+            for step in range(first, last):
+                if step % self.args.print_freq == 0 or not self.args.distributed:  # not each: it takes the ranks time
+                    self.run.stop_if_asked()
+                if step < len(self):
+                    batch = next(batches, None)
+                    if batch is None:
+                        fail(f"the loader ended after {step} of {len(self)} batches: its workers have lost some")
+                    yield self.to_device(*batch)
+            if next(batches, None):  # reads the shards to their ends
+                fail(f"the loader has more than {len(self)} batches")
+        except Exception:
+            self.run.ending.fill_(True)  # other workers may be waiting for a server
+            raise
 
-    def bring(self, batch):
-        """(images, target) on the device: float32 (B, 3, H, W), normalised; int64 (B)."""
-        images, target = (tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in batch)
-        if images.dtype == torch.uint8:  # (B, H, W, 3), one byte a channel up to here
-            images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
+    def to_device(self, images, target):
+        images = images.to(self.args.device, non_blocking=self.args.device.type == "cuda")
+        target = target.to(self.args.device, non_blocking=self.args.device.type == "cuda")
+        if images.dtype == torch.uint8:  # (B, S, S, 3)
+            images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.args.memory_format)
             images.sub_(self.mean).div_(self.std)
         return images, target
 
 
 class TrainLoader(DeviceLoader):
-    """The training loop's batches. SIGTERM and SIGINT end them between two, on all ranks between the same two.
+    """The same for training: it keeps the position of the run, and begins where a checkpoint says."""
 
-    From shards it goes on there when the checkpoint is resumed that save(epoch=, position=) has written: at a signal,
-    each --checkpoint-steps, and at the end of an epoch, so that validation may be interrupted at any moment.
-    """
+    def __init__(self, loader, run, checkpoint):
+        super().__init__(loader, run)
+        self.resumed = {}  # {epoch: its first step}
+        self.first_step = 0
+        self.exact = isinstance(loader.dataset, ShardPipeline)
+        if self.exact and "position" in checkpoint and self.args.start_epoch is None:
+            check_position(self.args, checkpoint["position"], self.position(0), checkpoint["epoch"])
+            self.resumed = {checkpoint["epoch"]: checkpoint["position"]["step"]}
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # if that epoch has no steps left
 
-    def __init__(self, loader, args, state, save):
-        super().__init__(loader, args)
-        self.args, self.save, self.caught, self.doing, self.pid = args, save, 0, "outside", os.getpid()
-        self.exact, self.way_on = isinstance(self.sampler, Shards), "--resume goes on after the last whole epoch"
-        self.group = dist.new_group(backend="gloo") if args.distributed else None  # NCCL has none for the CPU
-        if self.exact and "position" in state and args.start_epoch is None:
-            self.sampler.resume(args, state["epoch"], state["position"])
-            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # an epoch may have no step left
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+    def set_epoch(self, epoch):
+        self.run.epoch = epoch
+        self.first_step = self.resumed.get(epoch, 0)
+        if self.exact:
+            self.loader.dataset.set_epoch(epoch, self.first_step)
+            self.run.position = self.position(self.first_step)
+        elif self.args.distributed:
+            self.loader.sampler.set_epoch(epoch)
 
-    def on_signal(self, number, frame):
-        if os.getpid() != self.pid:  # a loading process that has just been forked
-            return
-        self.caught = self.caught or number
-        if self.doing == "fetching":  # which may take long: where data comes slowly, or not at all
-            self.doing = "a step"
-            raise KeyboardInterrupt
-        while frame and frame.f_code is not save_checkpoint.__code__:  # which goes on to its end
-            frame = frame.f_back
-        if self.doing == "outside" and not frame:  # in validation, say
-            self.stop(self.caught)
-
-    def stop(self, number):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda *_: None)  # with SIG_IGN, Python would complain of one that came with the first
-        if self.args.rank == 0:
-            script, name = os.path.basename(sys.argv[0]), signal.Signals(number).name
-            sys.stderr.write(f"{script}: stopped by {name}; {self.way_on}\n")
-        sys.exit(128 + number)
+    def position(self, step):
+        """The step, and what decides on the order of the batches besides the epoch."""
+        names = ("world_size", "workers", "batch_size", "shuffle")
+        options = {name: getattr(self.args, name) for name in names}
+        return {"step": step, "shards": self.loader.shards, **options, "seed": self.args.seed or 0}
 
     def __iter__(self):
-        batches, (epoch, step) = super().__iter__(), self.sampler.start.tolist() if self.exact else (0, 0)
-        while True:
-            try:
-                self.doing, batch = "fetching", None
-                batch = None if self.caught else next(batches, None)
-                self.doing = "a step"
-            except BaseException:
-                self.doing = "a step"
-                if not self.caught:
-                    raise
-            number = self.agree_on_signal()
-            if number or batch is None:
-                break
+        if self.first_step == len(self):  # resumed in validation
+            return
+        for step, batch in enumerate(self.steps(self.first_step), self.first_step + 1):
             if self.exact:
-                set_seed(self.args, f"{epoch} {step}")
+                set_seed(self.args, f"{self.run.epoch} {step}")
             yield batch
-            step += 1
-            if step % (self.args.checkpoint_steps or sys.maxsize) == 0:
-                self.save_position(epoch, step)
-        self.save_position(epoch, step)
-        if number and self.group:
-            dist.barrier(self.group)  # until the checkpoint is there
-            dist.destroy_process_group()
-        self.doing = "outside"
-        if number or self.caught:
-            self.stop(number or self.caught)
-
-    def agree_on_signal(self):
-        """The signal that some rank has got, or 0. The ranks of a node need 0.1 ms a step for it."""
-        number = torch.tensor(self.caught)
-        if self.group:
-            dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
-        return int(number)
-
-    def save_position(self, epoch, step):
-        if self.exact:
-            self.save(epoch=epoch, position={"step": step, **self.sampler.order()})
-            self.way_on = f"--resume checkpoint.pth.tar goes on after step {step} of epoch {epoch}"
+            if self.exact:
+                self.run.position = self.position(step)
+                if self.args.checkpoint_steps and step % self.args.checkpoint_steps == 0:
+                    self.run.save()
 
 
-def leave_signals(_):
-    """In a loading process: leave to the main one what Ctrl-C and schedulers send to all."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def check_position(args, then, now, epoch):
+    """DataError if the rest of the epoch would not be the samples that are left."""
+    for name, value in now.items():
+        if name != "step" and then.get(name) != value:
+            what = "other shards" if name == "shards" else f"{name} {then.get(name)}, not {value}"
+            way_out = f"samples would be lost or come twice: give the same, or restart it with --start-epoch {epoch}"
+            fail(f"--resume {args.resume}: it stopped within an epoch, with {what}; {way_out}")
+
+
+def begin_worker(ending, _):
+    """In a worker: leave signals, which schedulers send to all processes, to the main process."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # of the thread that hands over a batch, when the main process has gone
+    threading.Thread(target=end_worker, args=(ending,), daemon=True).start()
 
 
-def end_workers():
-    """At the main process's end: end the loading processes, which ignore SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the DataLoader would call it an error
-    threading.excepthook = lambda _: None  # as would the thread that pins memory
-    for process in mp.active_children():
-        process.kill()
+def end_worker(ending):
+    """In a worker's thread: end it when the main process ends or is gone, even if it is waiting for a server."""
+    while not ending and mp.parent_process().is_alive():
+        time.sleep(1)
+    time.sleep(2)  # for the DataLoader to end it
+    os._exit(0)
 
 
 if __name__ == "__main__":
