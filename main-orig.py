@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a torchvision classifier on ImageNet, read from folders of images.
+"""Train a torchvision classifier on ImageNet.
 
     python main-orig.py DIR                         one process: on a GPU if there is one, else on the CPU
     python main-orig.py -a resnet50 --gpu 1 DIR     one GPU of several
@@ -10,10 +10,10 @@
     python main-orig.py --resume checkpoint.pth.tar DIR        continue after the last whole epoch
     python main-orig.py --evaluate --pretrained DIR            validate a pre-trained model
     python main-orig.py --dummy                                measure the speed without any data
+    DIR holds train/ and val/, each with a folder of images per class
 
-DIR holds train/ and val/, each with a folder of images per class. For two nodes, run the torchrun line on both, or the
---world-size line with --rank 0 on the first and --rank 1 on the second. Each epoch writes checkpoint.pth.tar to the
-current folder, and model_best.pth.tar if it is the best so far.
+For two nodes, run the torchrun line on both, or the --world-size line with --rank 0 on the first and --rank 1 on the
+second. Each epoch writes checkpoint.pth.tar to the current folder, and model_best.pth.tar if it is the best so far.
 """
 
 import argparse
@@ -160,8 +160,8 @@ def spawn(nprocs, args):
             process.terminate()
         sys.exit(128 + number)  # waits for them
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
     while not context.join():
         pass
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a torchvision classifier on ImageNet, read from WebDataset shards.
+"""Train a torchvision classifier on ImageNet.
 
     python main-wds.py                              one process: on a GPU if there is one, else on the CPU
     python main-wds.py --shards https://HOST/imagenet          shards on a web server
@@ -12,10 +12,10 @@
     python main-wds.py --resume checkpoint.pth.tar             continue where SIGTERM or Ctrl-C has stopped a run
     python main-wds.py --evaluate --pretrained                 validate a pre-trained model
     python main-wds.py --dummy                                 measure the speed without any data
+    makeshards.py writes the shards; diff main-orig.py main-wds.py shows what reading them adds
 
-makeshards.py writes the shards; diff main-orig.py main-wds.py shows what changes. For two nodes, run the torchrun
-line on both, or the --world-size line with --rank 0 on the first and --rank 1 on the second. Each epoch writes
-checkpoint.pth.tar to the current folder, and model_best.pth.tar if it is the best so far.
+For two nodes, run the torchrun line on both, or the --world-size line with --rank 0 on the first and --rank 1 on the
+second. Each epoch writes checkpoint.pth.tar to the current folder, and model_best.pth.tar if it is the best so far.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def parse_args():
     add("--valshards", metavar="URLS", help="wds: where the validation shards are (default: beside the index)")
     add("--shuffle", type=number, default=1000, metavar="N", help="wds: buffered samples (default: %(default)s)")
     add("--decode", choices=DECODERS, default="tensor", help="JPEG decoder: fast, or Pillow (default: %(default)s)")
-    add("--augmentation", choices=["full", "simple"], default="full", help="simple: none (default: %(default)s)")
+    add("--augmentation", choices=["full", "simple"], default="full", help="simple: center crop (default: %(default)s)")
     add("--image-size", type=count, default=224, metavar="N", help="pixels per side (default: %(default)s)")
     add("--checkpoint-steps", type=count, metavar="N", help="wds: also save a checkpoint every N steps (default: off)")
     add("-a", "--arch", default="resnet18", help=f"model architecture, from {ARCHS_URL} (default: %(default)s)")
@@ -191,8 +191,8 @@ def spawn(nprocs, args):
             process.terminate()
         sys.exit(128 + number)  # waits for them
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
     while not context.join():
         pass
 
@@ -596,12 +596,12 @@ def accuracy(output, target, topk=(1,)):
 
 
 # ============================================================================ the shards
-# From here on, main-wds.py only adds to main-orig.py: the pipeline, its stages in the order in which a sample passes
-# them, the way to the device, and how a run is stopped and resumed.
+# From here on, main-wds.py only adds to main-orig.py: the loaders and their pipeline, its stages, the way to the
+# device, and how a run is stopped and resumed.
 
 
 def make_train_loader_wds(args):
-    """Batches of the training shards: as many, and of the same sizes, as make_train_loader_orig's of the folders."""
+    """The same number and sizes of batches as make_train_loader_orig, from the training shards."""
     return make_loader_wds(args, "train", shuffle=args.shuffle, seed=args.seed or 0)
 
 
@@ -619,11 +619,13 @@ LOADERS = {
 def make_loader_wds(args, split, **options):
     urls, lengths = find_shards(args, split)
     transform = v2.Compose([DECODERS[args.decode], make_transform(args, split)])
+    options["rank"] = args.rank
+    options["world_size"] = args.world_size
     options["pin_memory"] = args.device.type == "cuda"
     options["reuse_memory"] = args.decode == "tensor"  # DeviceLoader makes floats of these bytes at once
-    ranks = (args.rank, args.world_size)
-    loader = shard_loader(urls, lengths, transform, args.batch_size, args.workers, *ranks, **options)
-    loader.shards = [[os.path.basename(url), length] for url, length in zip(urls, lengths, strict=True)]
+    loader = shard_loader(urls, lengths, transform, args.batch_size, args.workers, **options)
+    names = [os.path.basename(url.partition("?")[0]).partition(" ")[0] for url in urls]
+    loader.shards = [list(shard) for shard in zip(names, lengths, strict=True)]
     return loader
 
 
@@ -635,19 +637,22 @@ def shard_loader(
 
     urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
     transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
-    reuse_memory: saves 9 %, but later batches overwrite the images, so the caller must copy them at once.
+    shuffle: samples in each worker's buffer, undecoded; seed: must be the same on all ranks.
+    reuse_memory: saves 9 %, but later batches overwrite the images: copy each batch before asking for the next one.
 
-    images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch.
-    DataError names a shard or sample that can't be read.
+    images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch. The augmentation's
+    `random` and torch are seeded for each batch, in its process. DataError names a shard or sample that can't be read.
     """
     dataset = ShardPipeline(lengths, batch_size, rank, world_size, seed, train)
     dataset.pipeline = [
-        dataset.pieces,  # (shard, first, last): what this worker reads in this epoch
-        functools.partial(read_shards, urls=urls, lengths=lengths),  # {"__key__": "n01_2", "jpg": b"...", "cls": b"0"}
-        wds.shuffle(shuffle if train else 0, rng=dataset.rng),  # in a buffer of undecoded samples
-        dataset.skip_done,  # after resuming within an epoch
-        functools.partial(decode_samples, transform=transform, num_classes=num_classes),  # (image, class)
-        wds.batched(batch_size, collation_fn=ReusedMemory() if reuse_memory else default_collate),  # (images, target)
+        dataset.pieces,  # 1. (shard, first, last): what this worker reads in this epoch
+        functools.partial(read_shards, urls=urls, lengths=lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
+        wds.shuffle(shuffle if train else 0, rng=dataset.rng),  # 3. the same in another order
+        dataset.skip_done,  # 4. without what was done before a resumed step
+        functools.partial(decode_samples, transform=transform, num_classes=num_classes),  # 5. (image, class)
+        wds.batched(
+            batch_size, collation_fn=ReusedMemory() if reuse_memory else default_collate
+        ),  # 6. (images, target)
     ]
     options = {"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {}
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
@@ -662,7 +667,7 @@ class ShardPipeline(wds.DataPipeline):
     def __init__(self, lengths, batch_size, rank, world_size, seed, train):
         super().__init__()
         self.batch_size = batch_size
-        self.name = f"{seed} {rank}"
+        self.seed_prefix = f"{seed} {rank}"
         self.train = train
         self.plan = functools.partial(plan, lengths, batch_size, rank, world_size, seed if train else None)
         self.rng = random.Random()
@@ -676,19 +681,19 @@ class ShardPipeline(wds.DataPipeline):
         self.position[:] = torch.tensor([epoch, step])
 
     def pieces(self):
-        """Stage 1: [(shard, first, last)] of this worker. Prepares the later stages for the epoch, too."""
+        """Stage 1: what this worker reads. Also seeds the stages that follow for this epoch and worker."""
         epoch, step = self.position.tolist()
         info = get_worker_info()
         workers = info.num_workers if info else 1
-        # the DataLoader asks its first worker for the first step, which another has done before a resume
+        # the DataLoader asks worker 0 for the first batch; after a resume that is the turn of worker step % workers
         worker = (info.id + step) % workers if info else 0
         self.done = math.ceil((step - worker) / workers) * self.batch_size
-        self.seed = f"{self.name} {epoch} {worker}"
+        self.seed = f"{self.seed_prefix} {epoch} {worker}"
         self.rng.seed(self.seed)
         return self.plan(epoch, worker, workers)
 
     def skip_done(self, samples):
-        """Stage 4: leaves out the samples of the steps before the first one. Seeds the augmentation of each batch."""
+        """Stage 4: the samples from the first step on, with a seed for the augmentation of each batch."""
         for i, sample in enumerate(samples):
             if self.train and i % self.batch_size == 0:
                 sample["__seed__"] = f"{self.seed} {i}"
@@ -700,9 +705,9 @@ def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_wor
     """What a worker reads in an epoch: [(shard, first, last)] in reading order, the samples first <= i < last.
 
     The shards, in an order drawn from (seed, epoch), form one sequence of samples. Each rank reads an equal range of
-    it, the last one wrapping around. Without a seed, for validation, they are in order and nothing wraps. Each worker
-    reads a range of whole batches of its rank's. The DataLoader asks the workers in turn, so the last range, with the
-    short batch, goes to the worker whose turn comes last.
+    it; what is missing at the end is taken from the beginning. Without a seed, for validation, the shards are in order
+    and no sample is taken twice. Each worker reads a range of whole batches of its rank's. The DataLoader asks the
+    workers in turn, so the last range, with the short batch, goes to the worker whose turn is last.
     """
     total = sum(lengths)
     order = list(range(len(lengths)))
@@ -738,7 +743,7 @@ INDEX = "_info.json"
 INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
 IMAGES = {ending.lstrip(".") for ending in datasets.folder.IMG_EXTENSIONS}  # in a sample; its class is in "cls"
 TIMEOUT = 60  # seconds that an http server may be silent
-PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote shard is read again; five minutes in all
+PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote shard is read again: five minutes in all
 
 
 def find_shards(args, split):
@@ -746,10 +751,12 @@ def find_shards(args, split):
     patterns = {"train": args.trainshards, "val": args.valshards}
     urls, lengths, classes = list_shards(args.shards, split, patterns[split])
     for url in urls:
-        if is_local(url) and not os.path.exists(url):
+        if is_local(url) and not os.path.exists(url.removeprefix("file:")):
             fail(f"{url}: no such shard, though --{split}shards or the index names it")
-    if sum(lengths) < (args.world_size if split == "train" else 1):
-        fail(f"{args.world_size} ranks but {sum(lengths)} samples in the {split} shards: start fewer processes")
+    if not sum(lengths):
+        fail(f"{patterns[split] or args.shards}: no samples in the {split} shards")
+    if split == "train" and sum(lengths) < args.world_size:
+        fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
     if classes and len(classes) > NUM_CLASSES:
         fail(f"--shards {args.shards}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
     if split == "val" and not args.evaluate:
@@ -777,16 +784,20 @@ def list_shards(folder, split, pattern=None):
     index = (has_folder and read_index(os.path.dirname(urls[0]) or ".")) or read_index(folder)
     if not index:
         fail(f"{pattern}: no {INDEX} beside the shards or in --shards {folder}; write it with makeshards.py --index")
+    entries = list(index.values())
+    if INDEX_NAMES[split] in index:
+        entries.append(index[INDEX_NAMES[split]])  # once more: its names go before those of another split
     known = {}
-    for entry in index.values():
-        known |= zip(map(os.path.basename, entry["filenames"]), entry["shard_lengths"], strict=True)
-    lengths = []
+    for entry in entries:
+        for name, length in zip(entry["filenames"], entry["shard_lengths"], strict=True):
+            known[os.path.basename(name)] = (length, entry["classes"])
+    found = []
     for url in urls:  # the file name may stand anywhere in a command
         names = {word.rpartition("/")[2] for word in re.split(r"[\s'\"|;<>?&=]+", url)} & known.keys()
         if len(names) != 1:
-            fail(f"{url}: names {len(names)} shards of the index, not one; write it anew with makeshards.py --index")
-        lengths.append(known[names.pop()])
-    return urls, lengths, entry["classes"]
+            fail(f"{url}: names {len(names)} shards of the index, not one; makeshards.py --index writes another")
+        found.append(known[names.pop()])
+    return urls, [length for length, _ in found], found[0][1]
 
 
 def read_index(folder):
@@ -797,16 +808,19 @@ def read_index(folder):
         for entry in index["splits"].values():
             names, lengths = entry["filenames"], entry["shard_lengths"]
             entry.setdefault("classes", index.get("classes"))
-            for name in names:  # such a name could run a command
-                if name.startswith("/") or ":" in name or ".." in name.split("/"):
+            for name in names:
+                if name.startswith("/") or ":" in name or ".." in name.split("/"):  # it could run a command
                     raise ValueError(f"{name} is not below it")
-            if len(set(names)) != len(lengths) or sum(lengths) != entry["num_samples"] or min(lengths, default=0) < 0:
+            if not len(set(names)) == len(names) == len(lengths) or sum(lengths) != entry["num_samples"]:
                 raise ValueError("filenames, shard_lengths and num_samples do not agree")
+            if min(lengths, default=0) < 0:
+                raise ValueError("a negative length")
         return index["splits"]
-    except Exception as error:
+    except Exception as error:  # of any type, if it is another kind of file
         if isinstance(error, FileNotFoundError) or getattr(error, "code", None) in (403, 404):
             return None
-        fail(f"{folder}/{INDEX}: not an index of shards ({reason(error)}); write another with makeshards.py --index")
+        what = f"{type(error).__name__}: {reason(error)}"
+        fail(f"{folder}/{INDEX}: not an index of shards that can be read ({what}); makeshards.py --index writes one")
 
 
 def expand(pattern):
@@ -817,12 +831,15 @@ def expand(pattern):
         fail(f"{pattern}: {first_line(error)}")
     found = []
     for url in urls:
-        found += sorted(glob.glob(url)) if is_local(url) and glob.has_magic(url) else [url]
-    return found or fail(f"{pattern}: no shard matches")
+        if is_local(url) and glob.has_magic(url) and not os.path.exists(url):
+            found += sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
+        else:
+            found.append(url)
+    return found
 
 
 def is_local(url):
-    return "://" not in url and not url.startswith("pipe:")
+    return url.startswith("file:") or not ("://" in url or url.startswith("pipe:"))
 
 
 def read_shards(pieces, urls, lengths):
@@ -834,8 +851,9 @@ def read_shards(pieces, urls, lengths):
 def read_shard(url, length, first, last):
     """The samples first <= i < last of a shard of `length` samples; DataError if it is damaged or of another length.
 
-    A remote shard is read again, without the samples that came, until no new one has come for five minutes.
+    A remote shard is read again without the samples that came, after growing pauses that start anew with each sample.
     """
+    done = first
     pauses = iter(PAUSES)
     while True:
         count = 0
@@ -843,21 +861,21 @@ def read_shard(url, length, first, last):
             with contextlib.closing(read_tar(url)) as samples:
                 for sample in samples:
                     count += 1
-                    if first < count <= last:
-                        first = count
-                        pauses = iter(PAUSES)
+                    if done < count <= last:
                         yield sample
+                        done = count
+                        pauses = iter(PAUSES)
                     if count == last < length:  # another worker reads the rest
                         return
             if count == length:
                 return
-            problem = f"{count} samples, but {length} by its index"  # a tar that was cut off may look like a whole one
-            status = 500 if count < length else 400
+            problem = f"{count} samples, but {length} by its index"
+            temporary = count < length  # a connection that breaks may look like the end of the tar
         except Exception as error:  # a damaged tar may raise nearly anything
             problem = f"broken after {count} of its {length} samples ({reason(error)})"
-            status = getattr(error, "code", 500)
+            temporary = getattr(error, "code", 500) in (408, 429, *range(500, 600))  # any other http status is final
         pause = next(pauses, None)
-        if pause is None or is_local(url) or (status < 500 and status not in (408, 429)):
+        if is_local(url) or not temporary or pause is None:
             fail(f"{url}: {problem}")
         sys.stderr.write(f"{url}: {problem}; reading it again in {pause} s\n")
         time.sleep(pause)
@@ -871,26 +889,31 @@ def read_tar(url):
             if len(IMAGES & sample.keys()) != 1 or "cls" not in sample:
                 raise ValueError(f"sample {sample['__key__']} does not hold one image and one class")
             yield sample
-        while source["stream"].read(1 << 20):  # the padding, or a command could not write it
+        while source["stream"].read(1 << 20):  # the padding; else a command that writes it would be killed
             pass
-        source["stream"].close()  # an error if a command has failed
+        source["stream"].close()  # raises an error if a command has failed
     finally:
         if "stream" in source:
-            set_options(source["stream"], ignore_errors=True)  # of a command that can't write the rest
+            set_options(source["stream"], ignore_errors=True)  # closed early, a command is killed: no error of ours
             source["stream"].close()
 
 
 def reason(error):
-    """What an error says, without the streams, URLs and commands that webdataset adds to it."""
-    if isinstance(error, HTTPError) or not error.args or not isinstance(error.args[0], str):
-        return first_line(error)
-    status = re.search(r"exit -?\d+(?= \(read\))", error.args[0])
-    return f"the command ended with {status[0]}" if status else re.split(r" @ <| dict_keys", error.args[0])[0]
+    """What an error says, without what webdataset adds, such as " @ <_io.BufferedReader name='a.tar'>"."""
+    text = error.args[0] if error.args else None
+    if isinstance(error, HTTPError) or not isinstance(text, str):
+        return first_line(error) if isinstance(error, OSError) else type(error).__name__
+    status = re.search(r"exit -?\d+(?= \(read\))", text)
+    return f"the command ended with {status[0]}" if status else re.split(r" @ <| dict_keys", text)[0]
 
 
 def open_http(url, mode="rb", bufsize=None):
     """For wds.gopen(), instead of its curl: a silent server is an error, and the status of a failure is known."""
-    return urllib.request.urlopen(url, timeout=TIMEOUT)
+    try:
+        return urllib.request.urlopen(url, timeout=TIMEOUT)
+    except HTTPError as error:
+        error.close()  # its connection: webdataset keeps the error until garbage is collected
+        raise
 
 
 wds.gopen_schemes.update(http=open_http, https=open_http)
@@ -910,7 +933,7 @@ def decode_samples(samples, transform, num_classes):
         try:
             label = sample["cls"].strip()
             if not label.isdigit() or len(label) > 9 or int(label) >= num_classes:
-                fail(f"its class {str(label[:20])[1:]} is not one from 0 to {num_classes - 1}")
+                fail(f"its class {label[:20].decode(errors='replace')!r} is not one from 0 to {num_classes - 1}")
             (ending,) = IMAGES & sample.keys()
             yield transform(sample[ending]), int(label)
         except DataError as error:
@@ -925,7 +948,7 @@ def decode_tensor(data):
     """
     name, decode_jpeg = jpeg_decoder()
     try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header, in 30 µs; an error if the image is huge
+        with Image.open(io.BytesIO(data)) as image:  # reads the header, in 30 µs; refuses sizes that fill the memory
             fast = decode_jpeg and image.format == "JPEG" and image.mode in ("L", "RGB")
             rotated = name == "TorchCodec" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         if fast and not rotated:
@@ -984,10 +1007,10 @@ def channels_last(image):
 
 
 class ReusedMemory:
-    """Stage 6, instead of default_collate: images of every third batch in the same shared memory, already mapped.
+    """Stage 6, instead of default_collate: the images of every third batch lie in the same shared memory.
 
-    The DataLoader holds at most PREFETCH of a worker's batches that nobody has asked for yet. The one before these is
-    free once the caller has copied it.
+    Of each worker's batches the caller has at most one in hand, and the DataLoader PREFETCH ahead. (Also at the end of
+    an epoch: no worker has two batches more than another.)
     """
 
     def __init__(self):
@@ -1016,19 +1039,19 @@ class Run:
         self.epoch = 0
         self.position = None  # what --resume needs to continue within the epoch; None for folders
         self.signal = 0
-        self.second = math.inf  # when a signal is the second one: torchrun and terminals both send the first
+        self.second_after = math.inf  # until then it is the first one again, sent by the terminal and by torchrun
         self.group = dist.new_group(backend="gloo") if args.distributed else None
-        self.ending = torch.tensor(False).share_memory_()  # tells the workers to end
-        Finalize(None, self.ending.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
+        self.workers_end = torch.tensor(False).share_memory_()
+        Finalize(None, self.workers_end.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
         for number in SIGNALS:
-            signal.signal(number, self.note)
+            signal.signal(number, self.note_signal)
 
-    def note(self, number, _):
-        if time.monotonic() > self.second:
+    def note_signal(self, number, _):
+        if time.monotonic() > self.second_after:
             os._exit(128 + number)
         if not self.signal:
             self.signal = number
-            self.second = time.monotonic() + 2
+            self.second_after = time.monotonic() + 2
 
     def over_ranks(self, number):
         """The largest of the ranks' numbers."""
@@ -1047,10 +1070,12 @@ class Run:
             dist.barrier(self.group)  # until it is written
             dist.destroy_process_group()
         if self.args.rank == 0:
-            where = f"(epoch {self.epoch}, step {self.position['step']})" if self.position else "after the last epoch"
-            how = f"stopped by {signal.Signals(number).name}; --resume checkpoint.pth.tar continues {where}"
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {how}\n")
-        self.ending.fill_(True)
+            what = "the last checkpoint is that of the last whole epoch"
+            if self.position:
+                what = f"--resume checkpoint.pth.tar continues (epoch {self.epoch}, step {self.position['step']})"
+            name = signal.Signals(number).name
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: stopped by {name}; {what}\n")
+        self.workers_end.fill_(True)
         sys.exit(128 + number)
 
     def save(self):
@@ -1066,7 +1091,7 @@ class DeviceLoader:
         self.run = run
         self.args = run.args
         self.mean, self.std = (255 * torch.tensor(x, device=run.args.device).view(1, 3, 1, 1) for x in (MEAN, STD))
-        loader.worker_init_fn = functools.partial(begin_worker, run.ending)
+        loader.worker_init_fn = functools.partial(init_worker, run.workers_end)
 
     def __len__(self):
         return len(self.loader)
@@ -1078,24 +1103,25 @@ class DeviceLoader:
         """The batches from this step on: images float32 (B, 3, S, S), normalized; target int64 (B)."""
         try:
             batches = iter(self.loader)
-            last = self.run.over_ranks(len(self))  # ranks may have different numbers of validation batches
-            for step in range(first, last):
-                if step % self.args.print_freq == 0 or not self.args.distributed:  # not each: it takes the ranks time
+            count = len(self)
+            for step in range(first, self.run.over_ranks(count)):  # validation's number of batches differs by rank
+                if step % self.args.print_freq == 0 or not self.args.distributed:  # not every step: all_reduce is slow
                     self.run.stop_if_asked()
-                if step < len(self):
+                if step < count:
                     batch = next(batches, None)
                     if batch is None:
-                        fail(f"the loader ended after {step} of {len(self)} batches: its workers have lost some")
+                        fail(f"the loader ended after {step} of {count} batches: its workers have lost some")
                     yield self.to_device(*batch)
             if next(batches, None):  # reads the shards to their ends
-                fail(f"the loader has more than {len(self)} batches")
+                fail(f"the loader has more than {count} batches")
         except Exception:
-            self.run.ending.fill_(True)  # other workers may be waiting for a server
+            self.run.workers_end.fill_(True)  # other workers may be waiting for a server
             raise
 
     def to_device(self, images, target):
-        images = images.to(self.args.device, non_blocking=self.args.device.type == "cuda")
-        target = target.to(self.args.device, non_blocking=self.args.device.type == "cuda")
+        device = self.args.device
+        images = images.to(device, non_blocking=device.type == "cuda")
+        target = target.to(device, non_blocking=device.type == "cuda")
         if images.dtype == torch.uint8:  # (B, S, S, 3)
             images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.args.memory_format)
             images.sub_(self.mean).div_(self.std)
@@ -1109,61 +1135,59 @@ class TrainLoader(DeviceLoader):
         super().__init__(loader, run)
         self.resumed = {}  # {epoch: its first step}
         self.first_step = 0
-        self.exact = isinstance(loader.dataset, ShardPipeline)
-        if self.exact and "position" in checkpoint and self.args.start_epoch is None:
-            check_position(self.args, checkpoint["position"], self.position(0), checkpoint["epoch"])
+        self.order = None  # what decides the order of the batches besides the epoch; None for folders
+        if isinstance(loader.dataset, ShardPipeline):
+            names = ("world_size", "workers", "batch_size", "shuffle")
+            self.order = {"shards": loader.shards, **{name: getattr(self.args, name) for name in names}}
+            self.order["seed"] = self.args.seed or 0
+        if self.order and "position" in checkpoint and self.args.start_epoch is None:
+            check_order(self.args, checkpoint["position"], self.order, checkpoint["epoch"])
             self.resumed = {checkpoint["epoch"]: checkpoint["position"]["step"]}
             warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # if that epoch has no steps left
 
     def set_epoch(self, epoch):
         self.run.epoch = epoch
         self.first_step = self.resumed.get(epoch, 0)
-        if self.exact:
+        if self.order:
             self.loader.dataset.set_epoch(epoch, self.first_step)
-            self.run.position = self.position(self.first_step)
+            self.run.position = {"step": self.first_step, **self.order}
         elif self.args.distributed:
             self.loader.sampler.set_epoch(epoch)
 
-    def position(self, step):
-        """The step, and what decides on the order of the batches besides the epoch."""
-        names = ("world_size", "workers", "batch_size", "shuffle")
-        options = {name: getattr(self.args, name) for name in names}
-        return {"step": step, "shards": self.loader.shards, **options, "seed": self.args.seed or 0}
-
     def __iter__(self):
-        if self.first_step == len(self):  # resumed in validation
+        if self.first_step == len(self):  # only validation is left; this would read all shards for nothing
             return
         for step, batch in enumerate(self.steps(self.first_step), self.first_step + 1):
-            if self.exact:
+            if self.order:
                 set_seed(self.args, f"{self.run.epoch} {step}")
             yield batch
-            if self.exact:
-                self.run.position = self.position(step)
+            if self.order:
+                self.run.position["step"] = step
                 if self.args.checkpoint_steps and step % self.args.checkpoint_steps == 0:
                     self.run.save()
 
 
-def check_position(args, then, now, epoch):
+def check_order(args, then, now, epoch):
     """DataError if the rest of the epoch would not be the samples that are left."""
     for name, value in now.items():
-        if name != "step" and then.get(name) != value:
+        if then.get(name) != value:
             what = "other shards" if name == "shards" else f"{name} {then.get(name)}, not {value}"
             way_out = f"samples would be lost or come twice: give the same, or restart it with --start-epoch {epoch}"
             fail(f"--resume {args.resume}: it stopped within an epoch, with {what}; {way_out}")
 
 
-def begin_worker(ending, _):
-    """In a worker: leave signals, which schedulers send to all processes, to the main process."""
+def init_worker(workers_end, _):
+    """In a worker: leave signals, which schedulers send to all processes, to the main process, and end with it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_worker, args=(ending,), daemon=True).start()
+    threading.Thread(target=watch_main, args=(workers_end,), daemon=True).start()
 
 
-def end_worker(ending):
-    """In a worker's thread: end it when the main process ends or is gone, even if it is waiting for a server."""
-    while not ending and mp.parent_process().is_alive():
+def watch_main(workers_end):
+    """In a worker's thread: end the worker, even if it waits for a server, once the main process ends or is gone."""
+    while not workers_end and mp.parent_process().is_alive():
         time.sleep(1)
-    time.sleep(2)  # for the DataLoader to end it
+    time.sleep(2)  # in which the DataLoader may end it
     os._exit(0)
 
 

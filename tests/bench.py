@@ -21,6 +21,7 @@ Of a dataset larger than --images a run reads files drawn at random, or whole sh
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -69,7 +70,6 @@ def fail(message):
 @functools.cache
 def script():
     """main-wds.py as a module, for its loaders. Imports PyTorch, so that it comes when it is needed."""
-    sys.path.insert(0, ROOT)  # for makeshards.py, which a script finds beside it
     spec = importlib.util.spec_from_file_location("main_wds", os.path.join(ROOT, "main-wds.py"))
     sys.modules["main_wds"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["main_wds"])
@@ -218,11 +218,9 @@ def measure_loading(rows, rest, args):
 
 def load(args, images, cold):
     """One pass over a loader, as it comes: what the workers hand over, before it is normalised or on the device."""
-    loader = script().LOADERS[args.dataset][0](args)
-    fit_epoch(loader.dataset, images)
+    loader, names = make_loader(args, images)
     if cold:
-        paths = {path for path, _ in getattr(loader.dataset, "samples", [])} | {*getattr(loader.dataset, "urls", [])}
-        drop_from_cache(filter(os.path.isfile, paths))
+        drop_from_cache(set(names))
     first, count, start = None, 0, time.perf_counter()
     for _, target in loader:
         count += len(target)
@@ -233,29 +231,57 @@ def load(args, images, cold):
     return {"images": count, "seconds": seconds, "first_batch": first}
 
 
-def fit_epoch(dataset, images):
-    """Let an epoch hold as many images at least: a small dataset repeated, random files or shards of a large one."""
-    if hasattr(dataset, "urls"):
-        size, shards = sum(dataset.lengths), list(zip(dataset.urls, dataset.lengths, strict=True))
-        random.shuffle(shards)
-        ends = itertools.accumulate(length for _, length in shards)
-        enough = 1 + sum(end < images for end in ends)
-        dataset.urls, dataset.lengths = map(list, zip(*shards[:enough] * math.ceil(images / size), strict=True))
-    elif hasattr(dataset, "samples"):
-        size, samples = len(dataset.samples), dataset.samples
-        dataset.samples = random.sample(samples, images) if size >= images else samples * math.ceil(images / size)
+def make_loader(args, images):
+    """(main-wds.py's loader of an epoch of at least that many training images, the files that it reads)."""
+    main_wds = script()
+    with contextlib.redirect_stdout(None):  # what it says about the dataset
+        if args.dataset == "wds":
+            urls, lengths = fit_epoch(*main_wds.find_shards(args, "train"), images)
+            options = {"pin_memory": args.device.type == "cuda", "reuse_memory": args.decode == "tensor"}
+            options["shuffle"] = args.shuffle
+            return shard_loader(args, urls, lengths, **options), urls
+        loader = main_wds.make_train_loader_orig(args)
+    if args.dummy:
+        return loader, []
+    samples = loader.dataset.samples
+    loader.dataset.samples, _ = fit_epoch(samples, [1] * len(samples), images)
+    return loader, [path for path, _ in loader.dataset.samples]
+
+
+def shard_loader(args, urls, lengths, **options):
+    return script().shard_loader(urls, lengths, train_transform(args), args.batch_size, args.workers, **options)
+
+
+def train_transform(args):
+    """From the bytes of an image file to what the workers hand over."""
+    main_wds = script()
+    return main_wds.v2.Compose([main_wds.DECODERS[args.decode], main_wds.make_transform(args, "train")])
+
+
+def fit_epoch(items, lengths, images):
+    """(items, lengths) of at least that many images: random ones of a large dataset, a small one repeated."""
+    pairs = list(zip(items, lengths, strict=True))
+    random.shuffle(pairs)
+    enough = 1 + sum(end < images for end in itertools.accumulate(length for _, length in pairs))
+    return zip(*pairs[:enough] * math.ceil(images / sum(lengths)), strict=True)
 
 
 def read_files(args, count):
-    """At most that many training images as (name, bytes), random ones if there are more."""
-    dataset = script().LOADERS[args.dataset][0](args).dataset
-    count = min(count, sum(dataset.lengths) if args.dataset == "wds" else len(dataset))
-    fit_epoch(dataset, count)
-    if args.dataset == "orig":
-        return [script().read_file(path) for path, _ in dataset.samples]
-    pieces = [(shard, 0, length) for shard, length in enumerate(dataset.lengths)]
-    samples = script().read_pieces(pieces, dataset.urls, dataset.lengths)
-    return [(sample["__key__"], sample["image"]) for sample in itertools.islice(samples, count)]
+    """The bytes of at most that many training images, random ones if there are more."""
+    names = dict.fromkeys(make_loader(args, count)[1])
+    return list(itertools.islice(read_images(args, names), count))
+
+
+def read_images(args, names):
+    """The bytes of each image in files of it, or in shards."""
+    for name in names:
+        if args.dataset == "orig":
+            with open(name, "rb") as file:
+                yield file.read()
+        else:
+            for sample in script().read_tar(name):
+                (ending,) = script().IMAGES & sample.keys()
+                yield sample[ending]
 
 
 def decode_only(args, files, images, v2):
@@ -275,7 +301,7 @@ def begin_share(*state):
 def decode_share(share):
     """In a process of the pool: seconds for its share, from when all are ready."""
     args, files, v2, barrier = decode_share.state
-    transform = v2_transform(args.image_size) if v2 else script().make_transform(args, "train")
+    transform = v2_transform(args.image_size) if v2 else train_transform(args)
     barrier.wait()
     start = time.perf_counter()
     for i in share:
@@ -293,13 +319,14 @@ def v2_transform(size):
 def normalising(args):
     """Microseconds an image that normalising a batch of bytes takes, on the device; the median of ten batches."""
     torch, times = script().torch, []
-    images = torch.randint(256, (64, args.image_size, args.image_size, 3), dtype=torch.uint8)
-    batches = torch.utils.data.DataLoader([(images, torch.zeros(64))] * 12, batch_size=None)
-    start = time.perf_counter()
-    for batch, _ in script().DeviceLoader(batches, args):
-        batch[-1, -1, -1, -1].item()  # waits for the device
-        times.append(time.perf_counter() - start)
+    batch = torch.randint(256, (64, args.image_size, args.image_size, 3), dtype=torch.uint8), torch.zeros(64)
+    run = argparse.Namespace(args=args, ending=None)
+    loader = script().DeviceLoader(argparse.Namespace(), run)  # of no batches
+    for _ in range(12):
         start = time.perf_counter()
+        images, _ = loader.to_device(*batch)
+        images[-1, -1, -1, -1].item()  # waits for the device
+        times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times[2:]) / 64
 
 
@@ -434,11 +461,11 @@ def own_work(result):
 
 
 def machine():
-    import torch
-
-    names = ("torch", "torchvision", "webdataset", "Pillow")
+    torch = script().torch
+    decoder, _ = script().jpeg_decoder()  # of --decode tensor
+    names = ("torch", "torchvision", "webdataset", "Pillow", *(["torchcodec"] if decoder == "TorchCodec" else []))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    about = {"cpu": cpu_name(), "cores": cores(), "gpu": gpu, "system": platform.system()}
+    about = {"cpu": cpu_name(), "cores": cores(), "gpu": gpu, "system": platform.system(), "decoder": decoder}
     return about | {"versions": {"Python": platform.python_version()} | {name: version(name) for name in names}}
 
 
@@ -453,7 +480,8 @@ def cpu_name():
 def describe(about, repeats, cold):
     packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     hardware = f"{about['cpu']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}"
-    return f"{hardware}; {packages}; {'cold: files from the disk' if cold else 'files in memory'}; n = {repeats}"
+    files = "cold: files from the disk" if cold else "files in memory"
+    return f"{hardware}; {packages}; tensor: {about['decoder']}; {files}; n = {repeats}"
 
 
 # ---------------------------------------------------------------------------- the chart

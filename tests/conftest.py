@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # main-wds.py imports makeshards.py, which a script finds beside it
 
 
 def run(script, *args, cwd, status=0, env=None, timeout=300, typed=False):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """For test_faults.py: a server that stumbles, and main-wds.py as it is but for what the environment's CHANGES says.
 
-    CHANGES='{"PAUSES": [0.1], "PATIENCE": 1}' python tests/faults.py --shards URL ...          main-wds.py's options
+    CHANGES='{"PAUSES": [0.1], "TIMEOUT": 1}' python tests/faults.py --shards URL ...          main-wds.py's options
     python tests/faults.py read a.tar:4 b.tar:5          decode their samples, each shard in a process of its own
 
 The second prints JSON: for each shard [what came, how much its process grew, in MiB], where what came is a list of
@@ -107,7 +107,7 @@ def read(argument):
         signal.alarm(5)
         try:
             found = list(decoded(path, int(length)))
-        except (main_wds.DataError, makeshards.DataError) as error:
+        except main_wds.DataError as error:
             found = str(error)
         except BaseException as error:
             found = {"other": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -122,17 +122,17 @@ def read(argument):
 
 def decoded(path, length):
     args = types.SimpleNamespace(decode="tensor", image_size=32, augmentation="full", dummy=False)
-    shards = types.SimpleNamespace(transform=main_wds.make_transform(args, "val"))
-    for sample in makeshards.read_shard(path, 0, length, length):
-        image, label = main_wds.Shards.decode(shards, sample)
+    transform = main_wds.v2.Compose([main_wds.decode_tensor, main_wds.make_transform(args, "val")])
+    for sample in main_wds.read_shard(path, length, 0, length):
+        ((image, label),) = main_wds.decode_samples([sample], transform, main_wds.NUM_CLASSES)
         yield sample["__key__"], label, hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 
 if __name__ in ("__main__", "__mp_main__"):  # there too: what the ranks are started with must have the changes
     from conftest import load
 
-    main_wds, makeshards = load("main-wds.py"), load("makeshards.py")
-    vars(makeshards).update(json.loads(os.environ.get("CHANGES", "{}")))
+    main_wds = load("main-wds.py")
+    vars(main_wds).update(json.loads(os.environ.get("CHANGES", "{}")))
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["read"]:

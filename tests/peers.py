@@ -10,7 +10,7 @@ in shuffled batches of one size, with the same number of processes or threads, a
 (area 0.08 to 1, aspect 3/4 to 4/3) resized to 224 x 224, bilinearly and with antialiasing, half of them mirrored.
 
 orig/pil    main-wds.py --dataset orig --decode pil: Pillow on the files of --data, to normalised float32. The base.
-wds/tensor  main-wds.py --dataset wds --decode tensor: torchvision on --shards, to uint8. The device would normalise it.
+wds/tensor  main-wds.py --dataset wds --decode tensor: on --shards, to uint8. The device would normalise it.
 dali        DALI on the CPU, on the same shards, to uint8: its webdataset reader with its buffer of 1024 samples, its
             decoder of random crops, which leaves out what is not in the crop, resize and flip, in --workers threads.
             (decoders.image and random_resized_crop took longer.) The decoder is exact, without use_fast_idct. A short
@@ -37,7 +37,7 @@ import time
 from importlib.metadata import distributions
 
 import torch
-from bench import cpu_name, say, script
+from bench import cpu_name, say, script, shard_loader
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -59,17 +59,16 @@ def fail(message):
 
 def make_plan(args):
     """The options, and what an epoch reads: "urls" and "lengths" of shards, the same "samples" as (path, class)."""
-    makeshards, plan = script().makeshards, {**vars(args), "urls": [], "lengths": [], "samples": []}
+    main_wds, plan = script(), {**vars(args), "urls": [], "lengths": [], "samples": []}
     try:
         files = datasets.ImageFolder(os.path.join(args.data, "train")).samples
-        known = dict(zip(*makeshards.list_shards(args.shards, "train"), strict=True))
-    except (OSError, makeshards.DataError) as error:
-        fail(makeshards.first_line(error))
+        urls, lengths, _ = main_wds.list_shards(args.shards, "train")
+    except (OSError, main_wds.DataError) as error:
+        fail(main_wds.first_line(error))
     by_key = {os.path.splitext(os.path.basename(file[0]))[0].replace(".", "_"): file for file in files}  # --filekey
     by_key |= {f"{i:07d}": file for i, file in enumerate(files)}
-    for url, length in known.items():
-        with open(url, "rb") as stream:
-            keys = [sample["__key__"] for sample in makeshards.tar_samples(stream, first=sys.maxsize)]
+    for url, length in zip(urls, lengths, strict=True):
+        keys = [sample["__key__"] for sample in main_wds.read_tar(url)]
         if len(keys) != length or not by_key.keys() >= set(keys):
             fail(f"{url}: not a shard of the images in {args.data}/train; make the shards anew")
         plan["urls"].append(url)
@@ -108,12 +107,10 @@ def make_ours(name, plan):
     sys.argv += ["--batch-size", str(plan["batch_size"]), "--data", plan["data"], "--shards", plan["shards"]]
     args = main_wds.parse_args()
     args.rank, args.world_size, args.distributed, args.device = 0, 1, False, torch.device("cpu")
-    make_train_loader, _ = main_wds.LOADERS[dataset]
-    loader = make_train_loader(args)
     if dataset == "wds":
-        loader.dataset.urls, loader.dataset.lengths = plan["urls"], plan["lengths"]
-    else:
-        loader.dataset.samples = loader.dataset.imgs = plan["samples"]
+        return shard_loader(args, plan["urls"], plan["lengths"], reuse_memory=True)
+    loader = main_wds.make_train_loader_orig(args)
+    loader.dataset.samples = plan["samples"]
     return loader
 
 
@@ -259,8 +256,8 @@ def main():
                 if max(abs(a - b) for a, b in zip(seen[name], seen[BASE], strict=True)) > 10:
                     fail(f"{name}'s colours are {seen[name]} in mean and deviation, {BASE}'s {seen[BASE]}")
     table(rates)
-    packages = map(version_of, ("torch", "torchvision", "webdataset", "pillow", *map(PEERS.get, peers)))
-    say(f"{machine(packages)}; n = {args.repeats}")
+    names = ("torch", "torchvision", "torchcodec", "webdataset", "pillow", *map(PEERS.get, peers))
+    say(f"{machine(filter(None, map(version_of, names)))}; n = {args.repeats}")
     say(f"command: python tests/peers.py {shlex.join(sys.argv[1:])}".rstrip())
 
 

@@ -91,7 +91,9 @@ def test_what_is_printed_follows_from_the_records(report):
     assert f"wds/tensor reaches {spread(json, 'loading', 'wds/tensor', 'ceiling tensor')} of its ceiling" in stdout
     assert f"and {spread(json, 'loading', 'wds/tensor', 'ceiling v2')} of the ceiling that torchvision's" in stdout
     assert f"takes\n{json['normalising_us_per_image']:.0f} microseconds an image" in stdout
-    for word in (json["machine"]["cpu"], json["machine"]["versions"]["torch"], "n = 2", json["command"]):
+    assert json["machine"]["decoder"] == bench.script().jpeg_decoder()[0]
+    decoder = f"; tensor: {json['machine']['decoder']}; "
+    for word in (json["machine"]["cpu"], json["machine"]["versions"]["torch"], decoder, "n = 2", json["command"]):
         assert word in stdout
 
 
@@ -171,8 +173,12 @@ def test_mistakes(small, tmp_path):
 # ---------------------------------------------------------------------------- what a run reads
 
 
-def checksum(file):
-    return bench.script().torch.tensor(zlib.crc32(file[1]))
+def checksum(data):
+    return bench.script().torch.tensor(zlib.crc32(data))
+
+
+def unchanged(image):
+    return image
 
 
 @pytest.fixture(params=["orig", "wds"])
@@ -182,24 +188,13 @@ def dataset(request, small, monkeypatch):
     option, folder = {"orig": ("--data", "data"), "wds": ("--shards", "shards")}[request.param]
     row = bench.Row("", request.param, "tensor", [option, str(small / folder)])
     args, counts = bench.loading_args(row, ["-j", "2", "--no-accel"], 7), collections.Counter()
-    make = bench.script().LOADERS[request.param][0]
-
-    def make_loader(args):
-        loader = make(args)
-        loader.dataset.transform = checksum
-        loader.collate_fn = see if request.param == "orig" else loader.collate_fn
-        return loader
-
-    monkeypatch.setattr(bench.script(), "LOADERS", {request.param: (make_loader,)})
+    monkeypatch.setitem(bench.script().DECODERS, "tensor", checksum)
+    monkeypatch.setattr(bench.script(), "make_transform", lambda args, split: unchanged)
     monkeypatch.setattr(bench.script().DataLoader, "__iter__", lambda self: watch(self, counts))
     return args, counts
 
 
 original_iter = bench.script().DataLoader.__iter__
-
-
-def see(samples):
-    return bench.script().torch.utils.data.default_collate(samples)
 
 
 def watch(loader, counts):
@@ -241,7 +236,7 @@ def test_cold_drops_what_the_run_reads(dataset, small, monkeypatch):
 def test_the_ceiling_is_over_the_same_files(dataset):
     args, _ = dataset
     files = bench.read_files(args, 100)
-    assert len({data for _, data in files}) == len(files) == 80
+    assert len(set(files)) == len(files) == 80
     assert len(bench.read_files(args, 30)) == 30
     for v2 in (False, True):
         run = bench.decode_only(args, files[:10], 35, v2)

@@ -1,7 +1,6 @@
-"""The way of the batches to the device, as far as that shows without a GPU: their order, and what waits for what."""
+"""The way of the batches to the device, as far as that shows without a GPU."""
 
 import argparse
-import contextlib
 
 import pytest
 import torch
@@ -23,50 +22,28 @@ def batches():
     return list(zip(images, torch.arange(BATCHES)[:, None].expand(BATCHES, 2), strict=True))
 
 
-def loader(args):
-    return main_wds.DeviceLoader(torch.utils.data.DataLoader(batches(), batch_size=None), args)
+@pytest.fixture
+def device_loader(args, monkeypatch):
+    monkeypatch.setattr(main_wds.signal, "signal", lambda *_: None)  # the tests' own process keeps its handlers
+    return lambda batches: main_wds.DeviceLoader(batches, main_wds.Run(args, None))
 
 
-def test_a_gpu_gets_batches_one_ahead(args, monkeypatch):
-    """With streams that note what is asked of them: the same batches, each once the next one's copy has begun."""
-    log = []
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def wait_stream(self, other):
-            log.append(f"{self.name} waits for {other.name}")
-
-    def bring(batch):
-        log.append(f"bring {int(batch[1][0])}")
-        return normalise(batch)
-
-    plain, ahead, main_stream = list(loader(args)), loader(args), Stream("training")
-    normalise, ahead.bring, ahead.stream = ahead.bring, bring, Stream("copy")
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main_stream)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
-    found = []
-    for images, target in ahead:
-        log.append(f"train {int(target[0])}")
-        found.append((images, target))
-    kept = ["training waits for copy", "kept for training", "kept for training"]
-    expected = ["copy waits for training", "bring 0", *kept]
-    for i in range(1, BATCHES):
-        expected += [f"bring {i}", f"train {i - 1}", *kept]
-    assert log == [*expected, f"train {BATCHES - 1}"]
-    for (images, target), (plain_images, plain_target) in zip(found, plain, strict=True):
-        assert torch.equal(images, plain_images) and torch.equal(target, plain_target)
-
-
-def test_bytes_become_what_the_original_normalises(args):
-    for i, (images, target) in enumerate(loader(args)):
+def test_bytes_become_what_the_original_normalises(args, device_loader):
+    loader = torch.utils.data.DataLoader(batches(), batch_size=None)
+    for i, (images, target) in enumerate(device_loader(loader)):
         expected = (i / 255 - torch.tensor(main_wds.MEAN)) / torch.tensor(main_wds.STD)
         assert images.shape == (2, 3, 4, 4) and images.dtype == torch.float32 and images.is_contiguous()
         assert torch.allclose(images[1, :, 2, 3], expected, atol=1e-6) and target.tolist() == [i, i]
+    assert i == BATCHES - 1
     args.memory_format = torch.channels_last
-    assert next(iter(loader(args)))[0].is_contiguous(memory_format=torch.channels_last)
+    assert next(iter(device_loader(loader)))[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("length, words", [(BATCHES + 1, "ended after 5 of 6 batches"), (BATCHES - 1, "more than 4")])
+def test_another_number_of_batches_than_was_announced_is_an_error(length, words, device_loader):
+    methods = {"__len__": lambda self: length, "__iter__": lambda self: iter(batches())}
+    with pytest.raises(main_wds.DataError, match=words):
+        list(device_loader(type("Loader", (), methods)()))
 
 
 @pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
@@ -112,6 +89,6 @@ def test_a_step_reads_nothing_from_the_device(script, args, monkeypatch, capsys)
 
     counts = []
     train_loader = type("Loader", (), {"__len__": lambda self: BATCHES, "__iter__": lambda self: steps()})()
-    module.train(train_loader, net, criterion, optimizer, 0, args)
+    module.train(train_loader, net, criterion, optimizer, 0, args.device, args)
     assert counts[1] > counts[0] and counts[1:] == [counts[1]] * BATCHES
     assert capsys.readouterr().out.count("Epoch: [0]") == 1

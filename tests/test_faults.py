@@ -28,13 +28,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_of, free_port, load, run, summary
+from conftest import ROOT, error_of, free_port, load, run
 from faults import Hang, Server, retries
 from PIL import Image
-from test_shards import column, found_by, samples, tar, write_shards
+from test_shards import column, samples, tar, write_shards
 
-main_wds, makeshards = load("main-wds.py"), load("makeshards.py")
-DataError = makeshards.DataError
+main_wds = load("main-wds.py")
+DataError = main_wds.DataError
 TRAIN, VAL = [13, 1, 17, 16], [4, 7]
 INDEX, FIRST, THIRD, FOURTH, VALIDATION = (
     "_info.json",
@@ -42,8 +42,8 @@ INDEX, FIRST, THIRD, FOURTH, VALIDATION = (
     "imagenet1k-validation-01.tar",
 )
 FAST = ["-a", "shufflenet_v2_x0_5", "-j", 2, "-b", 16, "--image-size", 32, "--epochs", 1, "--seed", 1, "--no-accel"]
-CHANGES = {"CHANGES": json.dumps({"PAUSES": [0.05, 0.1, 0.15, 0.2, 0.25], "PATIENCE": 1.5})}
-BRIEF = {"CHANGES": json.dumps({"PAUSES": [0.1, 0.2], "PATIENCE": 1})}
+CHANGES = {"CHANGES": json.dumps({"PAUSES": [0.05, 0.1, 0.15, 0.2, 0.25], "TIMEOUT": 1.5})}
+BRIEF = {"CHANGES": json.dumps({"PAUSES": [0.1, 0.2], "TIMEOUT": 1})}
 QUIET = {"PYTHONWARNINGS": "error,ignore:This DataLoader will create", "no_proxy": "127.0.0.1"}
 
 
@@ -61,14 +61,12 @@ def server(tmp_path):
 FAULTS = {  # of the first requests; the images' bytes are where all of these numbers lead
     "plain": {},
     "hangs up": {
-        INDEX: [("cut", 100), 500, ("reset", 0)],
         FIRST: [("cut", 30_000), ("cut", 200), ("reset", 50_000), 500],
-        THIRD: [404, ("cut", 0), 503],
+        THIRD: [429, ("cut", 0), 503],
         FOURTH: [("bare", 20_000)],
         VALIDATION: [500, ("cut", 99)],
     },
     "stalls": {
-        INDEX: [("stall", 50)],
         FIRST: [("stall", 30_000)],
         FOURTH: [("silent", 0)],
     },
@@ -126,7 +124,7 @@ def test_each_sample_once(ranks, workers, numbered, server, tmp_path):
             path, plain = f"{url(number, name)}/{file}", server.asked[f"{url(number, 'plain')}/{file}"]
             assert server.asked[path] == plain + told[path] and plain, path
             faults = sum(isinstance(fault, int) or fault[0] not in UNNOTICED for fault in FAULTS[name].get(file, ()))
-            if number == 0 or file == INDEX:
+            if number == 0:
                 assert told[path] == faults, path
             else:  # a worker may have enough before it comes to the place
                 assert (told[path] > 0) == (faults > 0) and told[path] <= faults, path
@@ -143,7 +141,10 @@ def test_a_command_that_fails_the_first_time(numbered, tmp_path):
     (tmp_path / "large.tar").write_bytes((numbered / THIRD).read_bytes() + bytes(1 << 20))
     fails = {"a": "30000 1", "b": "30000 0", "c": "0 1", "d": "10000000 7"}  # after so many bytes, with that status
     forms = ["%s", "pipe:cat %s", *(f"pipe:{tmp_path}/flaky %s {tmp_path}/{a}@ {how}" for a, how in fails.items())]
-    more = {"trainsize": 17, "valshards": f"pipe:cat {numbered / VALIDATION}", "valsize": 7}
+    lengths = {"large.tar": 17, VALIDATION: 7}  # the file's name is looked up wherever it stands in the command
+    entry = {"num_samples": 24, "filenames": list(lengths), "shard_lengths": list(lengths.values())}
+    (tmp_path / INDEX).write_text(json.dumps({"splits": {"train": entry}}))
+    more = {"shards": str(tmp_path), "valshards": f"pipe:cat {numbered / VALIDATION}"}
     cases = [
         {"trainshards": form.replace("%s", f"{tmp_path}/large.tar").replace("@", str(workers)), "workers": workers}
         for workers, form in itertools.product((0, 2), forms)
@@ -156,34 +157,6 @@ def test_a_command_that_fails_the_first_time(numbered, tmp_path):
     assert len(told) == len(stderr.splitlines()), stderr
     who = [url.split()[2].rpartition("/")[2] for url, _, _ in told]
     assert len(who) == len(set(who)) and set(who) - {"d2"} == {"a0", "b0", "c0", "d0", "a2", "b2", "c2"}, stderr
-    assert processes(f"{tmp_path}/") == []
-
-
-def test_a_command_that_falls_silent(tmp_path, monkeypatch, capfd):
-    """It is given up and run again; what it had given does not come twice."""
-    monkeypatch.setattr(makeshards, "PATIENCE", 1)
-    monkeypatch.setattr(makeshards, "PAUSES", (0,))
-    shard, once = tmp_path / "a.tar", tmp_path / "once"
-    shard.write_bytes(tar(samples(range(9), b"%d" * 3000)))
-    url = f"pipe:if mkdir {once} 2>&-; then head -c 30000 {shard}; exec sleep 30; fi; exec cat {shard}"
-    found = [sample["__key__"] for sample in makeshards.read_shard(url, 2, 9, 9)]
-    assert found == [f"{n:04d}" for n in range(2, 9)]
-    (line,) = capfd.readouterr().err.splitlines()
-    assert re.search(r"broken after [1-8] of its 9 samples \(silent for 1 s\); reading it again", line)
-    assert processes(f"{tmp_path}") == []
-
-
-def test_a_command_that_is_read_as_a_whole(tmp_path, monkeypatch, capfd):
-    """As an index, or a shard that is counted: it may not fall silent either, once it has begun."""
-    monkeypatch.setattr(makeshards, "PATIENCE", 1)
-    monkeypatch.setattr(makeshards, "PAUSES", (0,))
-    (tmp_path / "a").write_bytes(bytes(200_000))
-    assert makeshards.read_whole(f"pipe:cat {tmp_path}/a") == bytes(200_000)
-    begun = f"pipe:if mkdir {tmp_path}/once 2>&-; then head -c 9 {tmp_path}/a; exec sleep 30; fi; exec cat {tmp_path}/a"
-    assert makeshards.read_whole(begun) == bytes(200_000)
-    assert "silent for 1 s; reading it again" in capfd.readouterr().err
-    with pytest.raises(TimeoutError):
-        makeshards.read_whole("pipe:printf 1; exec sleep 30")
     assert processes(f"{tmp_path}/") == []
 
 
@@ -225,7 +198,7 @@ def test_the_same_network(small, server, tmp_path):
 # ---------------------------------------------------------------------------- a server that does not recover
 
 NEVER = {  # the fault, the options, and what the last line tells
-    "404": (404, ["-j", 0], "HTTP Error 404"),
+    "503": (503, ["-j", 0], "HTTP Error 503"),
     "cut": (("cut", 70_000), ["-j", 2, "--multiprocessing-distributed"], "unexpected end of data"),
     "stall": (("stall", 70_000), ["-j", 2], "timed out"),
 }
@@ -250,50 +223,95 @@ def test_a_server_that_never_recovers(small, server, tmp_path):
         *others, last = [line for line in stderr.splitlines() if "Terminating process" not in line]
         assert last.startswith(f"faults.py: {url}: ") and expected in last and "broken after" in last, stderr
         assert others and all(line.startswith(f"{url}: ") and line.endswith(" s") for line in others), stderr
-        readers = 1 if name == "404" else 2
+        readers = 1 if name == "503" else 2
         assert 3 <= server.asked[f"/{name}/{shard}"] <= 3 * readers
         assert len([pause for _, _, pause in retries(stderr) if pause == "0.2"]) in range(1, readers + 1)
 
 
-def indexed(url, monkeypatch, capfd, within):
-    """(the error of a missing index, what stderr tells meanwhile), with short pauses and so in 20 s."""
+@pytest.fixture
+def read(server, monkeypatch, capfd, within):
+    """Reads a shard of 8 samples, 40 KB each, from the server: (keys or error, number of requests, pauses told)."""
+    server.content = tar(samples(range(8), b"%d" * 40_000))
+    (server.folder / "a.tar").write_bytes(server.content)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(makeshards, "PAUSES", (0.1, 0.2))
-    monkeypatch.setattr(makeshards, "PATIENCE", 1)
-    within(20)
-    with pytest.raises(DataError) as error:
-        found_by(monkeypatch, "train", "--shards", url)
-    within(0)
-    return str(error.value), capfd.readouterr().err
+    monkeypatch.setattr(main_wds, "PAUSES", (0.01, 0.02))
+
+    def read(faults, first=0, last=8):
+        server.asked.clear()
+        server.faults["/a.tar"] = faults
+        within(20)
+        try:
+            found = [sample["__key__"] for sample in main_wds.read_shard(f"{server.url}/a.tar", 8, first, last)]
+        except DataError as error:
+            found = str(error)
+            assert found.startswith(f"{server.url}/a.tar: ") and "\n" not in found
+        within(0)
+        return found, server.asked["/a.tar"], [float(pause) for _, _, pause in retries(capfd.readouterr().err)]
+
+    return read
 
 
-def test_a_server_without_an_index(server, monkeypatch, capfd, within):
-    """Is taken at its word at once; one that answers nothing, or always wrongly, is asked three times."""
-    message, told = indexed(f"{server.url}/none", monkeypatch, capfd, within)
-    assert message.startswith(f"--shards {server.url}/none: no _info.json to be read there") and not told
-    assert server.asked == {"/none/_info.json": 1}
+@pytest.mark.parametrize("status", [400, 403, 404, 410])
+def test_an_error_that_lasts(status, read):
+    """The server will not give the shard: an error at once, after one request."""
+    found, asked, told = read(itertools.repeat(status))
+    assert f"HTTP Error {status}" in found and asked == 1 and not told
+
+
+@pytest.mark.parametrize(
+    "fault", [408, 429, 500, 503, ("cut", 0), ("reset", 100_000), ("bare", 200_000), ("short", 50_000)]
+)
+def test_tries_without_progress(fault, read):
+    """One more than there are pauses; what a try gives a second time is no progress."""
+    found, asked, told = read(itertools.repeat(fault))
+    assert isinstance(found, str) and (asked, told) == (3, [0.01, 0.02])
+
+
+def test_tries_with_progress(read, server):
+    """They start anew with each new sample, so that a server that gives one more at a time ends no run."""
+    each = len(server.content) // 8
+    cuts = [("cut", each * i + 20_000) for i in range(2, 8)]
+    expected = [f"{i:04d}" for i in range(8)]
+    found, asked, told = read([cut for cut in cuts for _ in range(2)])
+    assert (found, asked, told) == (expected, 1 + 2 * len(cuts), [0.01, 0.02] * len(cuts))
+    found, asked, _ = read(cuts, first=7)  # samples that another worker reads are no progress
+    assert isinstance(found, str) and asked == 3
+
+
+def test_the_pauses():
+    """They grow, and last as long as a storage service may take to restart."""
+    assert main_wds.PAUSES[:5] == (1, 2, 4, 8, 16)
+    assert list(main_wds.PAUSES) == sorted(main_wds.PAUSES) and 270 <= sum(main_wds.PAUSES) <= 330
+
+
+def test_an_index_that_cannot_be_read(server, monkeypatch, capfd, within):
+    """It is asked for once: none is there, or its URL and what is wrong, also if it was cut off without a word."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(main_wds, "TIMEOUT", 1)
+
+    def error_at(url):
+        within(20)
+        with pytest.raises(DataError) as error:
+            main_wds.list_shards(url, "train")
+        within(0)
+        return str(error.value)
+
+    message = error_at(f"{server.url}/none")
+    assert message.startswith(f"--shards {server.url}/none: no _info.json there")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        message, told = indexed(url, monkeypatch, capfd, within)
+        message = error_at(url)
         assert message.startswith(f"{url}/_info.json: ") and "refused" in message
-        assert [pause for _, _, pause in retries(told)] == ["0.1", "0.2"] and told.count("_info.json: ") == 2
-    (server.folder / "_info.json").write_text("{}" * 100)
-    for name, fault, expected in [("a", 503, "503"), ("b", ("stall", 5), "timed out"), ("c", ("cut", 5), "more exp")]:
-        server.faults[f"/{name}/_info.json"] = itertools.repeat(fault)
-        message, told = indexed(f"{server.url}/{name}", monkeypatch, capfd, within)
-        assert message.startswith(f"{server.url}/{name}/_info.json: ") and expected in message, message
-        assert len(retries(told)) == 2 and server.asked[f"/{name}/_info.json"] == 3
-
-
-@pytest.mark.parametrize("fault", ["bare", "short"])
-def test_an_index_cut_off_without_a_word(fault, numbered, server, monkeypatch, capfd):
-    """Where the server told no length, or too short a one, a text that is no JSON shows it: it too is read again."""
-    server.folder, server.faults = numbered, {"/x/_info.json": [(fault, 70)]}
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(makeshards, "PAUSES", (0.1, 0.2))
-    assert found_by(monkeypatch, "train", "--shards", f"{server.url}/x")[1] == TRAIN
-    assert len(retries(capfd.readouterr().err)) == 1
+    write_shards(server.folder, train=TRAIN)
+    assert main_wds.list_shards(f"{server.url}/whole", "train")[1] == TRAIN
+    faults = {"a": 503, "b": ("stall", 5), "c": ("cut", 70), "d": ("bare", 70), "e": ("short", 70)}
+    for name, fault in faults.items():
+        server.faults[f"/{name}/_info.json"] = [fault]
+        message = error_at(f"{server.url}/{name}")
+        assert message.startswith(f"{server.url}/{name}/_info.json: ") and "\n" not in message
+        assert {"a": "503", "b": "timed out"}.get(name, "not an index") in message
+    assert set(server.asked.values()) == {1} and capfd.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------- what is left behind
@@ -323,7 +341,7 @@ def open_files():
 
 
 @pytest.mark.parametrize("command", ["cat %s", "cat %s | cat", "curl -s file://%s", "cat %s; true"])
-def test_no_command_outlives_its_shard(command, tmp_path):
+def test_no_command_outlives_its_shard(command, tmp_path, monkeypatch):
     """Where a worker needs a part, where the count is wrong, and where the tar is broken."""
     if not shutil.which(command.split()[0]):
         pytest.skip("no curl")
@@ -331,24 +349,24 @@ def test_no_command_outlives_its_shard(command, tmp_path):
     (tmp_path / "a.tar").write_bytes(content)
     (tmp_path / "b.tar").write_bytes(content[:101_888] + b"x" * 9 + content[101_897:])
     url, files = "pipe:" + command, open_files()
-    assert len(list(makeshards.read_shard(url % f"{tmp_path}/a.tar", 1, 3, 5))) == 2
-    makeshards.PAUSES, pauses = (), makeshards.PAUSES
-    try:
-        for name, length in (("a", 4), ("b", 5)):
-            with pytest.raises(DataError):
-                list(makeshards.read_shard(url % f"{tmp_path}/{name}.tar", 0, length, length))
-    finally:
-        makeshards.PAUSES = pauses
+    monkeypatch.setattr(main_wds, "PAUSES", ())
+    assert len(list(main_wds.read_shard(url % f"{tmp_path}/a.tar", 5, 1, 3))) == 2
+    for name, length in (("a", 4), ("b", 5)):
+        with pytest.raises(DataError):
+            list(main_wds.read_shard(url % f"{tmp_path}/{name}.tar", length, 0, length))
     assert processes(f"{tmp_path}/") == [] and open_files() <= files
 
 
-def test_one_who_does_not_read_on(tmp_path, capfd):
-    """A command that complains of it, as curl does, is no reason to read it again."""
-    (tmp_path / "a.tar").write_bytes(tar(samples(range(5), b"%d" * 100_000)))
-    begun = makeshards.read_shard(f"pipe:cat {tmp_path}/a.tar || exit 23", 0, 5, 5)
+def test_one_who_does_not_read_on(tmp_path, monkeypatch, capfd):
+    """A command that complains of it, as curl does, is no reason to read it again; padding is read to its end."""
+    (tmp_path / "a.tar").write_bytes(tar(samples(range(5), b"%d" * 100_000)) + bytes(1 << 20))
+    monkeypatch.setattr(main_wds, "PAUSES", ())
+    url = f"pipe:cat {tmp_path}/a.tar || exit 23"
+    begun = main_wds.read_shard(url, 5, 0, 5)
     next(begun)
     begun.close()
-    assert capfd.readouterr().err == ""
+    assert [len(list(main_wds.read_shard(url, 5, *piece))) for piece in ((0, 2), (1, 3), (3, 5))] == [2, 2, 2]
+    assert capfd.readouterr().err == "" and processes(f"{tmp_path}/") == []
 
 
 # ---------------------------------------------------------------------------- samples that are none
@@ -362,7 +380,7 @@ def picture(**options):
 
 
 BAD = {
-    "class": (("0003.cls", b"1000"), "its class b'1000' is not one"),
+    "class": (("0003.cls", b"1000"), "its class '1000' is not one"),
     "image": (("0003.jpg", picture()[:300]), "not a readable image"),
 }
 
@@ -429,7 +447,7 @@ def resized(data, width, height):
 
 
 def disguised(data):
-    """A JPEG with a small frame's header where only jpeg_pixels looks, if it takes fill bytes for a marker."""
+    """A JPEG with a small frame's header where only a parser looks that takes fill bytes for a marker."""
     place, body = 2 + 2 + 0xE1FF, bytearray(0xFFFD)
     start = 2 + 1 + 2  # of the segment's length field in the file
     fake = b"\xff\xc0\x00\x0b\x08\x00\x1e\x00\x28\x01\x01\x11\x00"
@@ -511,17 +529,22 @@ def attacks(mark):
     shards = {
         "pickles": with_members(*((f"%s.{ending}", evil) for ending in endings)),
         "old-pickles": with_members(*((f"%s.{ending}", old) for ending in endings), ("%s.json.gz", old)),
-        "python": with_members((run_me + ".jpg", b""), ("%s." + run_me, b""), ("__init__.py", run_me.encode())),
+        "python": with_members(("%s." + run_me, b""), ("%s.py", run_me.encode())),
+        "python-key": (with_members((run_me + ".jpg", b""), ("__init__.py", run_me.encode())), "one image and one"),
         "commands": with_members(("%s.$(touch " + str(mark) + ")", b""), ("|touch " + str(mark), b"")),
-        "hidden": with_members(("../.jpg", b"x"), ("/.x.jpg", b"x"), ("..", b"x"), ("/", b"x"), ("a/../.cls", b"x")),
-        "webdataset's": with_members(("__url__.jpg", b"x"), ("__key__.cls", b"x"), ("%s.__url__", b"pipe:touch x")),
+        "hidden": with_members(("../.jpg", b"x"), ("..", b"x"), ("/", b"x"), ("a/../.cls", b"x"), (".jpg", b"x")),
+        "hidden-at-the-top": (with_members(("/.x.jpg", b"x")), "one image and one class"),
+        "webdataset's-keys": (with_members(("__url__.jpg", b"x"), ("__key__.cls", b"x")), "one image and one class"),
+        "webdataset's-url": (with_members(("%s.__url__", b"pipe:touch x")), "duplicate file name"),
+        "webdataset's-key": (with_members(("%s.__key__", b"x")), "duplicate file name"),
         "upwards": renamed(f"..{mark}"),
         "upwards-far": renamed("../" * 30 + str(mark).lstrip("/")),
         "absolute": renamed(str(mark)),
         **links,
-        "old-sparse": with_block(header("x.jpg", tarfile.GNUTYPE_SPARSE, 512, [(483, b"%011o\0" % 9)]) + bytes(512)),
-        "pax-sparse": with_block(pax(sparse, plain)),
-        "pax-sparse-0": with_block(pax({"GNU.sparse.size": "9", "GNU.sparse.map": "0,9"}, plain)),
+        "old-sparse": (with_block(header("x.jpg", tarfile.GNUTYPE_SPARSE, 512, [(483, b"%011o\0" % 9)]) + bytes(512)),
+                       "sample x"),
+        "pax-sparse": (with_block(pax(sparse, plain)), "broken"),
+        "pax-sparse-0": (with_block(pax({"GNU.sparse.size": "9", "GNU.sparse.map": "0,9"}, plain)), "sample x"),
         "empty-image": (with_image(b""), "sample 0002: not a readable image"),
         "lines-in-key": (
             tar([(name.replace("0002", "00\n02"), b"") for name, _ in samples([2])] + samples([3, 4, 5])),
@@ -538,15 +561,16 @@ def attacks(mark):
         "sparse-backwards": (with_block(header("x.jpg", tarfile.GNUTYPE_SPARSE, 0, [(124, back)])), "broken"),
         "pax-backwards": (with_block(pax({"GNU.sparse.realsize": "0"},
                                          header("x.jpg", tarfile.REGTYPE, 0, [(124, back)]))), "broken"),
-        "pax-negative": (with_block(pax({"size": "-1536"}, header("x.jpg", tarfile.REGTYPE, 0))), "size of -1536"),
-        "pax-huge": (with_block(pax({"size": str(1 << 70)}, header("x.jpg", tarfile.REGTYPE, 0))), "has a size of 118"),
+        "pax-negative": (with_block(pax({"size": "-1536"}, header("x.jpg", tarfile.REGTYPE, 0))), "broken"),
+        "pax-huge": (with_block(pax({"size": str(1 << 70)}, header("x.jpg", tarfile.REGTYPE, 0))), "broken"),
         "pax-no-number": (with_block(pax({"GNU.sparse.realsize": "x"}, plain)), "broken"),
         "pax-of-1-PB": (with_block(header("pax", tarfile.XHDTYPE, 1 << 50)), "broken"),
         "name-of-1-GB": (with_block(header("././@LongLink", tarfile.GNUTYPE_LONGNAME, 1 << 30)), "broken"),
         "name-of--256": (with_block(header("x", tarfile.GNUTYPE_LONGNAME, 0, [(124, b"\xff" * 11 + b"\0")])), ".tar: "),
-        "folder-of-1-GB": (with_block(header("x", tarfile.DIRTYPE, 1 << 30)), "has a size of 1073741824"),
+        "folder-of-1-GB": with_block(header("x", tarfile.DIRTYPE, 1 << 30)),
+        "file-of-1-GB": (with_block(header("x.jpg", tarfile.REGTYPE, 1 << 30)), "broken"),
         "large-sparse": (with_block(header("x.jpg", tarfile.GNUTYPE_SPARSE, 512, [(483, b"%011o\0" % (1 << 32))])
-                                    + bytes(512)), "has a size of 4294967296"),
+                                    + bytes(512)), "(MemoryError)"),
         "nested-pax": (with_block(deep * 2000), "broken"),
         "nested-names": (with_block(long * 2000), "broken"),
         "sparse-cut": (tar(samples([0]))[:2048] + header("x.jpg", tarfile.GNUTYPE_SPARSE, 0, [(482, b"\1")]), "broken"),
@@ -564,6 +588,7 @@ def attacked(tmp_path_factory):
     (folder / "shards").mkdir()
     (folder / "cwd").mkdir()
     shards = attacks(folder / "pwned")
+    shards["none"] = (tar(samples(range(HONEST), picture())), None)
     for name, (content, _) in shards.items():
         (folder / "shards" / f"{name}.tar").write_bytes(content)
     before = sorted(folder.rglob("*"))
@@ -577,40 +602,21 @@ def attacked(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack(name, attacked):
-    """All the honest samples, with their pixels, or one line with the shard; and no more than 200 MiB."""
+    """All the honest samples, with their pixels, or one line with the shard; and 100 MiB more than without, at most."""
     found, folder, expected, grown = attacked[name]
-    assert grown < 200
+    assert grown - attacked["none"][-1] < 100
     if expected:
         assert isinstance(found, str) and found.startswith(f"{folder}/shards/{name}.tar: "), found
-        assert expected in found and "\n" not in found
+        assert expected in found and not re.search("[\n<>{}]", found)  # objects, or the environment of a command
     else:
         assert isinstance(found, list), found
-        assert [label for _, label, _ in found] == [3] * HONEST
-        assert len({digest for _, _, digest in found}) == 1
+        assert [each[1:] for each in found] == [each[1:] for each in attacked["none"][0]]
 
 
 def test_attacks_leave_nothing(attacked):
     """No file that was not there, beside the shards or where the process ran."""
     before, after, stderr = attacked["files"]
     assert after == before, stderr
-
-
-def test_webdatasets_secure_mode(small, tmp_path):
-    """Local shards are written, checked, indexed and trained on; a command is refused, at once."""
-    secure = {**QUIET, **BRIEF, "WDS_SECURE": "1"}
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "theirs").mkdir()
-    shutil.copy(small / "shards/imagenet-val-000000.tar", tmp_path / "theirs/val-0.tar")
-    for args in (["--maxcount", 30], ["--verify"], ["--index", "theirs/*.tar"]):
-        run("makeshards.py", "--data", small / "data", *args, cwd=tmp_path, env=secure)
-    args = [*FAST, "--shards", tmp_path / "shards"]
-    stdout, stderr = run("main-wds.py", *args, cwd=tmp_path, env=secure)
-    assert len(summary(stdout)) == 1 and stderr == ""
-    url = f"pipe:touch {tmp_path}/ran; cat {tmp_path}/shards/imagenet-val-000000.tar"
-    args = [*args, "-j", 0, "--evaluate", "--valshards", url, "--valsize", 30]
-    _, stderr = run("tests/faults.py", *args, cwd=tmp_path, env=secure, status=2)
-    assert not (tmp_path / "ran").exists()
-    assert re.fullmatch(r"faults\.py: pipe:touch .*imagenet-val-000000\.tar: .*cannot open pipe.*\n", stderr), stderr
 
 
 # ---------------------------------------------------------------------------- damage at random
@@ -629,7 +635,7 @@ def originals():
         ]
         pieces = [tar([each], form)[:-1024].rstrip(b"\0") for each in members]
         pieces = [piece.ljust(-(-len(piece) // 512) * 512, b"\0") for piece in pieces]
-        yield pieces, [{"__key__": key, "cls": b"3", "image": image} for key, image in zip(keys, images, strict=True)]
+        yield pieces, [{"__key__": key, "cls": b"3", "jpg": image} for key, image in zip(keys, images, strict=True)]
 
 
 def flip(draw, pieces):
@@ -697,15 +703,15 @@ class Stream(io.RawIOBase):
 
 def test_a_stream_cut_anywhere(monkeypatch, capfd):
     """In a header, in data, or between two members: read again, and each sample once and whole."""
-    monkeypatch.setattr(makeshards, "PAUSES", (0, 0))
+    monkeypatch.setattr(main_wds, "PAUSES", (0, 0))
+    monkeypatch.setitem(main_wds.wds.gopen_schemes, "test", lambda *_: Stream(contents.pop()))
     for pieces, good in originals():
         whole = b"".join(pieces)
         wrong = []
         for cut in range(0, len(whole) + 1, 64):
             contents = [whole + bytes(1024), whole[:cut]]
-            monkeypatch.setattr(makeshards, "open_stream", lambda _, contents=contents: Stream(contents.pop()))
-            found = list(makeshards.read_shard("pipe:a.tar", 0, len(good), len(good)))
-            if [{**sample, "__url__": "pipe:a.tar"} for sample in good] != found:
+            found = list(main_wds.read_shard("test://a.tar", len(good), 0, len(good)))
+            if [{**sample, "__url__": "test://a.tar"} for sample in good] != found:
                 wrong.append(cut)
             told = len(retries(capfd.readouterr().err))
             assert told == 1 or cut in wrong or cut == len(whole)  # where nothing but the end mark is missing
@@ -728,7 +734,7 @@ def within():
 def complaint(damage, url, good):
     """What is wrong with what read_shard makes of it; None if nothing is."""
     try:
-        found = list(makeshards.read_shard(url, 0, len(good), len(good)))
+        found = list(main_wds.read_shard(url, len(good), 0, len(good)))
     except DataError as error:
         return None if str(error).startswith(f"{url}: ") else f"unnamed: {error}"
     except (Exception, Hang) as error:
@@ -739,7 +745,7 @@ def complaint(damage, url, good):
         good = [{**sample, "__url__": url} for sample in good]
         if damage is flip:  # nothing in a tar tells whether what is in a file is right
             for sample in (*found, *good):
-                sample.update(dict.fromkeys(sample.keys() & {"image", "cls"}, b""))
+                sample.update(dict.fromkeys(sample.keys() & {"jpg", "cls"}, b""))
         wrong = [sample["__key__"] for sample, whole in zip(found, good, strict=True) if sample != whole]
         return f"other samples: {wrong}" if not all(key.startswith("0003/") for key in wrong) else None
     return None
@@ -755,9 +761,9 @@ def test_damage_at_random(how, within, monkeypatch, tmp_path):
     draw, complaints, url = random.Random(0), collections.Counter(), str(tmp_path / "a.tar")
     ends = collections.Counter()
     if how == "stream":
-        url = "pipe:a.tar"
-        monkeypatch.setattr(makeshards, "PAUSES", ())
-        monkeypatch.setattr(makeshards, "open_stream", lambda _: Stream(data))
+        url = "test://a.tar"
+        monkeypatch.setattr(main_wds, "PAUSES", ())
+        monkeypatch.setitem(main_wds.wds.gopen_schemes, "test", lambda *_: Stream(data))
     forms = list(originals())
     for _ in range(3000):
         pieces, good = draw.choice(forms)

@@ -29,11 +29,14 @@ def positions(lengths):
 
 
 def read(lengths, epoch, rank, ranks, workers, batch_size, seed=0):
-    """A rank's batches as a DataLoader gets them: each worker cuts what it reads, and the workers come in turn."""
+    """A rank's batches as a DataLoader gets them: each worker batches what it reads, and the workers take turns.
+
+    Without a seed they are those of validation.
+    """
     workers, where = max(workers, 1), positions(lengths)  # 0: the process itself is worker 0 of 1
     queues = []
     for worker in range(workers):
-        pieces = main_wds.plan(lengths, epoch, seed, rank, ranks, worker, workers, batch_size)
+        pieces = main_wds.plan(lengths, batch_size, rank, ranks, seed, epoch, worker, workers)
         assert all(0 <= first < last <= lengths[shard] for shard, first, last in pieces)
         samples = [i for shard, first, last in pieces for i in where[shard][first:last]]
         queues.append([samples[i : i + batch_size] for i in range(0, len(samples), batch_size)])
@@ -65,12 +68,12 @@ def test_a_training_epoch_is_the_whole_set(lengths, epoch, ranks, workers, batch
 
 
 @CASES
-@given(SHARDS, RANKS, WORKERS, BATCH, SEED)
-def test_validation_is_each_sample_once_in_order(lengths, ranks, workers, batch_size, seed):
-    """Over the ranks; within a rank the workers' stretches are in order, and without workers everything is."""
+@given(SHARDS, RANKS, WORKERS, BATCH)
+def test_validation_is_each_sample_once_in_order(lengths, ranks, workers, batch_size):
+    """Over the ranks; within a rank the workers' ranges are in order, and without workers everything is."""
     whole, numbers = [], []
     for rank in range(ranks):
-        batches = read(lengths, None, rank, ranks, workers, batch_size, seed)
+        batches = read(lengths, 0, rank, ranks, workers, batch_size, seed=None)
         assert all(len(batch) == batch_size for batch in batches[:-1])
         assert all(batch == list(range(batch[0], batch[-1] + 1)) for batch in batches)
         if workers < 2:
@@ -82,10 +85,10 @@ def test_validation_is_each_sample_once_in_order(lengths, ranks, workers, batch_
 
 
 @CASES
-@given(SHARDS, st.none() | EPOCH, RANKS, WORKERS, BATCH)
-def test_at_most_two_partial_shards_a_worker(lengths, epoch, ranks, workers, batch_size):
+@given(SHARDS, EPOCH, RANKS, WORKERS, BATCH, st.none() | SEED)
+def test_at_most_two_partial_shards_per_worker(lengths, epoch, ranks, workers, batch_size, seed):
     for rank, worker in itertools.product(range(ranks), range(workers)):
-        pieces = main_wds.plan(lengths, epoch, 0, rank, ranks, worker, workers, batch_size)
+        pieces = main_wds.plan(lengths, batch_size, rank, ranks, seed, epoch, worker, workers)
         whole = [(first, last) == (0, lengths[shard]) for shard, first, last in pieces]
         assert whole.count(False) <= 2 and all(whole[1:-1])
         assert all(first == 0 for _, first, _ in pieces[1:])  # it begins within a shard once at most
@@ -94,29 +97,29 @@ def test_at_most_two_partial_shards_a_worker(lengths, epoch, ranks, workers, bat
 @CASES
 @given(SHARDS, EPOCH, RANKS, SEED, st.data())
 def test_the_shards_order_is_that_of_seed_and_epoch(lengths, epoch, ranks, seed, data):
-    """Whatever the ranks, workers and batch size: laid end to end, their pieces are the same line of shards."""
+    """Whatever the ranks, workers and batch size: laid end to end, their pieces are the same sequence of shards."""
     lines = []
     for _ in range(2):
         world_size, workers, batch_size = data.draw(RANKS), data.draw(st.integers(1, 5)), data.draw(BATCH)
-        stretches = []
+        pieces = []
         for rank in range(world_size):
-            rest = rank, world_size
-            share = [main_wds.plan(lengths, epoch, seed, *rest, w, workers, batch_size) for w in range(workers)]
-            batches = sum(math.ceil(sum(last - first for _, first, last in run) / batch_size) for run in share)
-            for turn in range(workers):  # the one whose turn is last has the last stretch
-                stretches += share[(batches + turn) % workers]
-        samples = [(shard, i) for shard, first, last in stretches for i in range(first, last)]
+            rest = rank, world_size, seed, epoch
+            share = [main_wds.plan(lengths, batch_size, *rest, worker, workers) for worker in range(workers)]
+            batches = sum(math.ceil(sum(last - first for _, first, last in part) / batch_size) for part in share)
+            for turn in range(workers):  # the worker whose turn is last has the last range
+                pieces += share[(batches + turn) % workers]
+        samples = [(shard, i) for shard, first, last in pieces for i in range(first, last)]
         lines.append(samples[: sum(lengths)])
     assert lines[0] == lines[1]
 
 
-def order(epoch, seed=0, rank=0, ranks=1):
-    return [shard for shard, _, _ in main_wds.plan([10] * 30, epoch, seed, rank, ranks, 0, 1, 8)]
+def order(seed, epoch=0, rank=0, ranks=1):
+    return [shard for shard, _, _ in main_wds.plan([10] * 30, 8, rank, ranks, seed, epoch)]
 
 
 def test_epochs_seeds_and_ranks_differ():
-    assert order(None) == list(range(30)) and sorted(order(0)) == list(range(30))
-    orders = [order(None)] + [order(epoch, seed) for epoch in range(5) for seed in range(5)]
+    assert order(None) == order(None, 1) == list(range(30)) and sorted(order(0)) == list(range(30))
+    orders = [order(None)] + [order(seed, epoch) for epoch in range(5) for seed in range(5)]
     assert len(set(map(tuple, orders))) == 26
     state = random.getstate()
     assert order(3) == order(3) and random.getstate() == state  # it neither reads nor changes the common generator
@@ -128,9 +131,9 @@ def test_the_same_in_another_process():
     """plan() alone, cut out of the script, so that torch is not started for each hash seed."""
     text = (ROOT / "main-wds.py").read_text()
     function = text[text.index("\ndef plan(") :].partition("\n# ------")[0]
-    call = "print(json.dumps([plan([3, 50, 0, 7] * 9, 1, 5, rank, 3, 1, 2, 4) for rank in range(3)]))"
+    call = "print(json.dumps([plan([3, 50, 0, 7] * 9, 4, rank, 3, 5, 1, 1, 2) for rank in range(3)]))"
     command = [sys.executable, "-c", f"import json, math, random\n{function}\n{call}"]
-    expected = [main_wds.plan([3, 50, 0, 7] * 9, 1, 5, rank, 3, 1, 2, 4) for rank in range(3)]
+    expected = [main_wds.plan([3, 50, 0, 7] * 9, 4, rank, 3, 5, 1, 1, 2) for rank in range(3)]
     for hash_seed in ("0", "1", "random"):
         stdout = subprocess.run(command, env={"PYTHONHASHSEED": hash_seed}, capture_output=True, check=True).stdout
         assert [[tuple(piece) for piece in pieces] for pieces in json.loads(stdout)] == expected
@@ -138,7 +141,7 @@ def test_the_same_in_another_process():
 
 @pytest.mark.parametrize("ranks, workers, skipped", [(8, 4, 0.02), (64, 8, 0.25)])
 def test_what_imagenet_reads_in_vain(ranks, workers, skipped):
-    """A worker reads its first shard from the front; on average half a shard is what it skips there."""
+    """A worker reads its first shard from the start, and skips half of it on average."""
     everyone = itertools.product(range(ranks), range(workers))
-    plans = [main_wds.plan(IMAGENET, 0, 0, rank, ranks, worker, workers, 256) for rank, worker in everyone]
+    plans = [main_wds.plan(IMAGENET, 256, rank, ranks, 0, 0, worker, workers) for rank, worker in everyone]
     assert sum(first for pieces in plans for _, first, _ in pieces) < skipped * sum(IMAGENET)

@@ -5,6 +5,7 @@ import functools
 import http.server
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, error_of, load, run, run_command, summary
 from test_run import copy_project
+from test_shards import tar
 
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", README, re.M))
@@ -108,17 +110,21 @@ def load_path(name):
     return module
 
 
-def test_a_loop_of_ones_own(small, tmp_path):
-    """The lines that the README has for it, in a script beside the two, with their options."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loop_of_ones_own(ranks, small, tmp_path):
+    """The lines that the README has for it, in a script beside main-wds.py alone: each epoch is the whole set."""
     (code,) = re.findall(r"^```python\n(import importlib\n.*?)^```", README, re.M | re.S)
-    (tmp_path / "own.py").write_text(code)
-    for name in ("main-wds.py", "makeshards.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    for workers in (0, 2):
-        args = ["--shards", small / "shards", "--image-size", 32, "-b", 30, "--epochs", 2, "--no-accel", "-j", workers]
-        stdout, stderr = run(tmp_path / "own.py", *args, cwd=tmp_path)
-        assert stdout.splitlines() == [f"epoch {e}: {n} images on cpu" for e in (0, 1) for n in (30, 30, 20)]
-        assert stderr == ""
+    (tmp_path / "own.py").write_text(code + '            print("target", *target.tolist())\n')
+    shutil.copy(ROOT / "main-wds.py", tmp_path)
+    (tmp_path / "shards").symlink_to(small / "shards")
+    before = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if ranks == 2 else []
+    stdout, _ = run_command([sys.executable, *before, "own.py"], cwd=tmp_path)
+    found = sorted(line for line in stdout.splitlines() if line.startswith("epoch"))
+    sizes = (30, 30, 20) if ranks == 1 else (30, 10)
+    expected = [f"epoch {e}, rank {r}: {n} images" for e in (0, 1) for r in range(ranks) for n in sizes]
+    assert found == sorted(expected)
+    classes = " ".join(re.findall(r"^target (.*)$", stdout, re.M)).split()
+    assert sorted(classes, key=int) == [str(c) for c in range(10) for _ in range(2 * 8)]
 
 
 def test_no_number_is_missing():
@@ -162,22 +168,21 @@ def test_a_token(tmp_path):
                 return super().do_GET()
             return self.send_error(401)
 
-    makeshards, server = load("makeshards.py"), http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    main_wds, server = load("main-wds.py"), http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    members = [makeshards.member("0.cls", b"1"), makeshards.member("0.jpg", b"image")]
-    (tmp_path / "imagenet-train-000000.tar").write_bytes(b"".join(members) + bytes(1024))
+    (tmp_path / "imagenet-train-000000.tar").write_bytes(tar([("0.cls", b"1"), ("0.jpg", b"image")]))
     (tmp_path / "token.txt").write_text("Authorization: Bearer abc\n")
     url = recipe.replace("https://HOST", f"http://127.0.0.1:{server.server_port}").replace(
         "@token", f"@{tmp_path}/token"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("no_proxy", "127.0.0.1")
-        patch.setattr(makeshards, "PAUSES", ())
-        (url,) = makeshards.expand(re.sub(r"\{0+\.\.\d+\}", "000000", url))
-        assert [sample["image"] for sample in makeshards.read_shard(url, 0, 1, 1)] == [b"image"]
+        patch.setattr(main_wds, "PAUSES", ())
+        (url,) = main_wds.expand(re.sub(r"\{0+\.\.\d+\}", "000000", url))
+        assert [sample["jpg"] for sample in main_wds.read_shard(url, 1, 0, 1)] == [b"image"]
         (tmp_path / "token.txt").write_text("Authorization: Bearer xyz\n")
-        with pytest.raises(makeshards.DataError, match="pipe:curl"):
-            list(makeshards.read_shard(url, 0, 1, 1))
+        with pytest.raises(main_wds.DataError, match="pipe:curl"):
+            list(main_wds.read_shard(url, 1, 0, 1))
     server.shutdown()
     server.server_close()
 
@@ -266,7 +271,7 @@ def stumble(folder):
     """What a command says that fails once, and then gives the shard."""
     shard, once = folder / "shards/imagenet-train-000000.tar", folder / "once"
     command = f"if mkdir {once} 2>&-; then exit 7; fi; cat {shard}"
-    args = [*FAST.split(), "--image-size", 32, "--trainshards", f"pipe:{command}", "--trainsize", 30]
+    args = [*FAST.split(), "--image-size", 32, "--trainshards", f"pipe:{command}"]
     return run("main-wds.py", *args, "--valshards", "shards/imagenet-val-*.tar", cwd=folder)[1]
 
 
@@ -276,6 +281,21 @@ def warning(folder):
         "main-wds.py", *FAST.split(), "--image-size", 32, "-j", many, "--evaluate", cwd=folder,
         env={"PYTHONWARNINGS": "default"},
     )[1].replace(f"create {many} worker", "create 4 worker")  # fmt: skip
+
+
+def change_index(folder, change):
+    path = folder / "shards/_info.json"
+    index = json.loads(path.read_text())
+    change(index["splits"]["train"])
+    path.write_text(json.dumps(index))
+
+
+def other_classes(entry):
+    entry["classes"] = ["cat", "dog"]
+
+
+def one_sample(entry):
+    entry.update(filenames=entry["filenames"][:1], shard_lengths=[1], num_samples=1)
 
 
 RESUME = ["--resume", "checkpoint.pth.tar"]
@@ -291,12 +311,16 @@ MISTAKES = {
     "not a readable image (…); fix it, and run this again": after(empty_an_image, shards_error("--shards", "empty")),
     "its train shards are of another plan (…)": shards_error("--maxcount", 20),
     "another run is writing to it; wait until it has ended": after(hold, shards_error("--shards", "empty")),
-    "no _info.json to be read there that names … shards": wds_error("--shards", "empty"),
+    "no _info.json there that names … shards": wds_error("--shards", "empty"),
     "no shard matches": wds_error("--valshards", "shards/imagenet-vall-*.tar"),
-    "remote and without an index; give --trainsize": wds_error("--trainshards", "pipe:cat none.tar"),
-    "… samples, but … were expected by its index or by the size given": after(
-        lambda folder: rewrite(folder, lambda members: members[:-2]), wds_error()
+    "beside the shards or in --shards …; write it with makeshards.py --index": wds_error(
+        "--valshards", "pipe:cat none.tar", "--shards", "empty"
     ),
+    "names 0 shards of the index, not one": wds_error("--trainshards", "pipe:cat none.tar"),
+    "training and validation shards have different classes": after(
+        lambda folder: change_index(folder, other_classes), wds_error()
+    ),
+    "… samples, but … by its index": after(lambda folder: rewrite(folder, lambda members: members[:-2]), wds_error()),
     "broken after … of its … samples": after(cut, wds_error()),
     "…: sample …: not a readable image": after(lambda folder: rewrite(folder, spoil_an_image), wds_error()),
     "reading it again in 1 s": stumble,
@@ -306,9 +330,10 @@ MISTAKES = {
     "it stopped within an epoch, with …": after(
         lambda folder: checkpoint(folder, position=POSITION), wds_error(*RESUME, "-j", 1)
     ),
-    "… ranks but … training samples: start fewer processes": lambda folder: wds_error(
-        "--trainshards", "pipe:cat none.tar", "--trainsize", 1, *TWO_RANKS, f"file://{folder}/store"
-    )(folder),
+    "… ranks but … training samples: start fewer processes": after(
+        lambda folder: change_index(folder, one_sample),
+        lambda folder: wds_error(*TWO_RANKS, f"file://{folder}/store")(folder),
+    ),
     "the ranks can't meet": wds_error(*TWO_RANKS, "pigeon://here"),
     "This DataLoader will create 4 worker processes": warning,
 }
@@ -350,14 +375,10 @@ def test_sections():
     assert list(SECTIONS) == [*wanted, "What it deliberately does not do", "How it compares"]
 
 
-def test_the_diff_is_what_it_prints():
-    """Seven small hunks, of which it prints all but the docstring's line for line, and then a pure addition."""
-    diff = subprocess.run(["diff", "main-orig.py", "main-wds.py"], cwd=ROOT, capture_output=True, text=True).stdout
-    docstring, *small, addition = re.split(r"^(?=\d)", diff, flags=re.M)[1:]
-    assert "python main-wds.py" in docstring and len(small) == 6
-    assert re.match(r"\d+a\d+", addition) and "the shards" in addition.splitlines()[3]
-    printed = re.findall(r"^```diff\n(.*?)\n```$", SECTIONS["The lesson: what changes"], re.M | re.S)
-    assert printed == [hunk.partition("\n")[2].rstrip("\n") for hunk in small]
+def test_its_pipeline_is_that_of_the_script():
+    (stages,) = re.findall(r"^```python\n(dataset\.pipeline.*?)^```", README, re.M | re.S)
+    script = (ROOT / "main-wds.py").read_text()
+    assert all(line.strip() in script for line in stages.splitlines())
 
 
 def test_run_diff_has_a_word_on_each_hunk():
@@ -365,7 +386,7 @@ def test_run_diff_has_a_word_on_each_hunk():
     stdout, stderr = run_command([ROOT / "run", "diff"], cwd=ROOT, env={"PYTHON": sys.executable})
     diff = subprocess.run(["diff", "main-orig.py", "main-wds.py"], cwd=ROOT, capture_output=True, text=True).stdout
     titles = re.findall(r"^=+ (\d)\. (.+) \(-\d+ \+\d+ lines\)$", stdout, re.M)
-    assert [int(number) for number, _ in titles] == list(range(1, 9)) and not stderr
+    assert [int(number) for number, _ in titles] == list(range(1, 10)) and not stderr
     lines = lambda text: [line for line in text.splitlines() if re.match("[<>] .", line)]  # noqa: E731
     assert lines(stdout) == lines(diff)
 

@@ -4,8 +4,9 @@ Most runs here are forked from one process that has imported the scripts, `pytho
 take a second or two and not ten: see serve(). The others are started as a user starts them.
 """
 
-import argparse
+import contextlib
 import functools
+import gc
 import io
 import itertools
 import json
@@ -15,7 +16,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,9 @@ def serve():
     """Fork a process for each request on stdin, a line of JSON, and print its number; or, asked for it, its status."""
     for script in ("main-orig.py", "main-wds.py", "makeshards.py"):
         load(script)
+    with contextlib.suppress(ImportError):
+        import torchcodec.decoders  # noqa: F401
+    gc.freeze()  # else each fork would copy these modules' memory when it looks for garbage
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         answer = status_of(**request) if "pid" in request else os.fork()
@@ -60,7 +66,7 @@ def status_of(pid, timeout):
     return None
 
 
-def become(script, args, cwd, env, note=False, output="."):
+def become(script, args, cwd, env, note=False, child=False, output="."):
     """Do in this process what the command does; the ranks of --multiprocessing-distributed are forked, too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
     os.setsid()
@@ -72,18 +78,29 @@ def become(script, args, cwd, env, note=False, output="."):
     mp.spawn = functools.partial(mp.start_processes, start_method="fork")
     if script == "saves":
         save_without_end(*map(int, args))
+    if child:
+        mp.get_context("fork").Process(target=outlive).start()
     if note:
         note_samples(load(script))
     load(script).main()
 
 
+def outlive():
+    """In a child that is none of the loader's: it still lives two seconds after the run has stopped, and says so."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while not os.path.exists("checkpoint.pth.tar"):
+        time.sleep(0.05)
+    time.sleep(2)
+    Path("survived").touch()
+
+
 def note_samples(main_wds):
-    """Each batch that a rank trains with becomes a line of seenRANK, each sample that is decoded a byte of `decoded`.
+    """Each batch that a rank trains with becomes a line of seenRANK, each decoded training sample a byte of `decoded`.
 
     The steps take longer, those of validation too, so that a signal comes at the one at which it was meant to come.
     """
-    batches, make_transform = main_wds.TrainLoader.__iter__, main_wds.make_transform
-    of_either = main_wds.DeviceLoader.__iter__
+    batches, of_validation = main_wds.TrainLoader.__iter__, main_wds.DeviceLoader.__iter__
+    shard_loader = main_wds.shard_loader
 
     def noted(self):
         with open(f"seen{self.args.rank}", "a", buffering=1) as file:
@@ -93,20 +110,22 @@ def note_samples(main_wds):
                 yield images, target
 
     def slowly(self):
-        for batch in of_either(self):
-            time.sleep(0 if isinstance(self, main_wds.TrainLoader) else 0.04)
+        for batch in of_validation(self):
+            time.sleep(0.04)
             yield batch
 
-    def counted(transform, file):
+    def counted(transform, data):
         os.write(decoded, b".")
-        return transform(file)
+        return transform(data)
+
+    def counting(urls, lengths, transform, *args, train=True, **options):
+        transform = functools.partial(counted, transform) if train else transform
+        return shard_loader(urls, lengths, transform, *args, train=train, **options)
 
     decoded = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     main_wds.TrainLoader.__iter__ = noted
     main_wds.DeviceLoader.__iter__ = slowly
-    main_wds.make_transform = lambda args, split: (
-        functools.partial(counted, make_transform(args, split)) if split == "train" else make_transform(args, split)
-    )
+    main_wds.shard_loader = counting
 
 
 class Server:
@@ -131,17 +150,17 @@ class Server:
 class Run:
     """A command in a session of its own, in the folder cwd, where its output goes to the files `out` and `err`.
 
-    The server starts it, or without one Python; `before` are then torchrun's arguments.
+    The server starts it, as become() says, or without one Python; `before` are then torchrun's arguments.
     """
 
-    def __init__(self, script, *args, cwd, server=None, note=False, before=(), env=None):
+    def __init__(self, script, *args, cwd, server=None, before=(), env=None, **more):
         self.cwd, self.server, self.script, self.seen = cwd, server, script, set()
         cwd.mkdir(exist_ok=True)
         for name in ("out", "err"):
             (cwd / name).write_text("")
         args = [str(arg) for arg in args]
         if server:
-            self.pid = server.start(script=script, args=args, cwd=str(cwd), note=note, env=env or {})
+            self.pid = server.start(script=script, args=args, cwd=str(cwd), env=env or {}, **more)
             return
         warnings = "error::DeprecationWarning,error::FutureWarning" if before else "error"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings, MARK: str(cwd)}
@@ -317,8 +336,8 @@ def stopped(run, number, alone=False):
     """
     _, (line,) = run.finish(status=128 + number, lines=1)
     name = "SIGTERM" if alone else f"(?:{signal.Signals(number).name}|SIGTERM)"
-    form = rf"main-wds\.py: stopped by {name}; --resume checkpoint\.pth\.tar goes on after step (\d+) of epoch (\d+)"
-    step, epoch = map(int, re.fullmatch(form, line).groups())
+    form = rf"main-wds\.py: stopped by {name}; --resume checkpoint\.pth\.tar continues \(epoch (\d+), step (\d+)\)"
+    epoch, step = map(int, re.fullmatch(form, line).groups())
     state = checkpoint(run.cwd)
     assert (state["epoch"], state["position"]["step"]) == (epoch, step)
     return epoch, step
@@ -329,17 +348,17 @@ def stopped(run, number, alone=False):
 
 def save_without_end(number, seed):
     """Checkpoints of epochs from `number` on, each second one the best; every value in them is that of the epoch."""
-    main_wds, args = load("main-wds.py"), argparse.Namespace(rank=0, arch="none")
-    net, draw = torch.nn.Linear(300, 300), random.Random(seed)
+    main_wds, draw = load("main-wds.py"), random.Random(seed)
+    net = torch.nn.Linear(300, 300)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30)
     net(torch.ones(1, 300)).sum().backward()
     optimizer.step()
     for epoch in itertools.count(number):
         for tensor in (*net.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.state.values())):
             tensor.fill_(epoch)
         position = {"position": {"step": epoch}} if draw.random() < 0.3 else {}
-        main_wds.save_checkpoint(args, net, optimizer, scheduler, epoch, float(epoch), epoch % 2 == 0, **position)
+        state = {"epoch": epoch, "best_acc1": float(epoch), "state_dict": net.state_dict(), **position}
+        main_wds.save_checkpoint({**state, "optimizer": optimizer.state_dict()}, is_best=epoch % 2 == 0)
         print(epoch, flush=True)
 
 
@@ -377,18 +396,13 @@ def test_killed_while_it_writes(start, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
-def test_written_by_rank_0_and_on_disk_before_it_counts(script, tmp_path, monkeypatch):
-    calls, module, net = [], load(script), torch.nn.Linear(1, 1)
+def test_on_disk_before_it_counts(script, tmp_path, monkeypatch):
+    calls = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append((a, b)), replace(a, b)))
     monkeypatch.chdir(tmp_path)
-    optimizer = torch.optim.SGD(net.parameters())
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30)
-    for rank in (1, 0):
-        assert calls == [] and os.listdir(tmp_path) == []
-        args = argparse.Namespace(rank=rank, arch="none")
-        module.save_checkpoint(args, net, optimizer, scheduler, 1, 0.0, is_best=True)
+    load(script).save_checkpoint({"epoch": 1}, is_best=True)
     steps = [[str(tmp_path / f"{name}.partial"), (f"{name}.partial", name)] for name in reversed(NAMES)]
     assert calls == [*steps[0], *steps[1]]  # the best first: else one that validation finds again would not be better
     assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
@@ -457,9 +471,10 @@ def interrupted(start, args, plan, cwd):
 
 
 def test_ten_signals(start, shards, unbroken, tmp_path):
-    """At random steps of three epochs, SIGTERM or SIGINT: the batches and the weights are those of a run without."""
+    """At random steps of three epochs, each signal in turn: the batches and the weights are those of a run without."""
     draw, args = random.Random(2), [*WDS, "--shards", shards]
-    plan = [(draw.randint(1, 5), draw.choice([signal.SIGTERM, signal.SIGINT]), None) for _ in range(10)]
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    plan = [(draw.randint(1, 5), signals[i % 3], None) for i in range(10)]
     stops = interrupted(start, args, plan, tmp_path)
     print(stops)
     assert len(set(stops)) == 10 and stops == sorted(stops) and stops[-1][0] >= 1
@@ -474,8 +489,8 @@ def test_ten_signals(start, shards, unbroken, tmp_path):
 def test_ten_signals_to_two_ranks(start, shards, unbroken, tmp_path):
     """To the process that was started, as schedulers do, or to all of them, as a terminal does."""
     draw, args = random.Random(3), [*WDS, "--shuffle", 8, "-b", 6]  # 39 samples a rank, in 13 steps
-    signals = [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGTERM, True)]
-    plan = [(draw.randint(1, 2), *draw.choice(signals)) for _ in range(10)]
+    signals = [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGUSR1, False), (signal.SIGTERM, True)]
+    plan = [(draw.randint(1, 2), *signals[i % 4]) for i in range(10)]
     stops, whole = interrupted(start, [*args, "--shards", shards], plan, tmp_path), unbroken(2, *args)
     print(stops)
     assert len(set(stops)) == 10 and stops == sorted(stops) and stops[-1][0] >= 1
@@ -544,15 +559,118 @@ def test_a_signal_during_validation(ranks, start, shards, unbroken, tmp_path):
     assert end_alike(tmp_path, unbroken(ranks, *args))
 
 
+def test_a_signal_while_validation_starts(start, shards, unbroken, tmp_path):
+    """It comes soon after the last training step, while the four workers of the validation loader are forked."""
+    args = [*WDS, "-j", 4, "--epochs", 1]
+    for i in range(8):
+        cwd = tmp_path / str(i)
+        run = start(*args, "--shards", shards, cwd=cwd, note=True).until(rf"^Epoch: \[0\]\[{STEPS}/")
+        time.sleep(0.3 * i / 7)
+        assert stopped(run.kill(signal.SIGTERM), signal.SIGTERM) == (0, STEPS)
+        start(*args, "--shards", shards, *RESUME, cwd=cwd, note=True).finish()
+        assert lines(cwd) == lines(unbroken(1, *args))
+        assert end_alike(cwd, unbroken(1, *args))
+
+
 @pytest.mark.parametrize("moment", ["^Epoch", r"^Test: \[ *1/"])
 def test_two_signals_at_once(moment, start, shards):
-    """One of them is told, and the other does no harm."""
+    """One of them is reported, and the other does no harm."""
     run = start(*WDS, "--shards", shards, note=True).until(moment)
     for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
         run.kill(number)
     while run.alive():
         time.sleep(0.05)
     stopped(run, signal.SIGINT if "SIGINT" in run.output() else signal.SIGTERM)
+
+
+def test_two_signals_to_the_process_that_starts_the_ranks(start, shards):
+    """It waits for its ranks all the same."""
+    run = start(*WDS, "--shards", shards, *ddp(), note=True).until("^Epoch", count=3).kill(signal.SIGTERM)
+    time.sleep(0.2)
+    stopped(run.kill(signal.SIGINT), signal.SIGTERM)
+
+
+def test_only_its_own_workers_are_ended(start, shards, tmp_path):
+    """Not another child of the process: that one outlives the stop by two seconds."""
+    run = start(*WDS, "--shards", shards, note=True, child=True).until("^Epoch", count=3).kill(signal.SIGTERM)
+    stopped(run, signal.SIGTERM)
+    assert (tmp_path / "survived").exists()
+
+
+# ---------------------------------------------------------------------------- while workers wait for a server
+
+
+class Gate(SimpleHTTPRequestHandler):
+    """Sends server.part of a training shard's bytes, and the others once server.gate is open."""
+
+    def copyfile(self, source, outputfile):
+        data = source.read()
+        first = int(len(data) * (self.server.part if "train" in self.path else 1))
+        with contextlib.suppress(OSError):  # the client is gone
+            outputfile.write(data[:first])
+            if first < len(data):
+                self.server.stalled.release()
+                self.server.gate.wait()
+            outputfile.write(data[first:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """A server, of which each of four workers needs a shard of its own: 20 samples in five batches."""
+    shards = write_shards(tmp_path / "shards", {"train": [20] * 4, "validation": VAL})
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Gate, directory=shards)) as server:
+        server.daemon_threads = True
+        server.gate, server.stalled = threading.Event(), threading.Semaphore(0)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.args = [*WDS, "-j", 4, "--shuffle", 0, "--shards", f"http://127.0.0.1:{server.server_port}"]
+        yield server
+        server.gate.set()
+        server.shutdown()
+
+
+def wait_for_workers(gate):
+    for _ in range(4):
+        assert gate.stalled.acquire(timeout=60)
+
+
+def test_two_signals_within_two_seconds(gate, start):
+    """Both come while the process waits for its first batch: they are one, which stops it after that batch."""
+    gate.part = 0
+    run = start(*gate.args, note=True)
+    wait_for_workers(gate)
+    run.kill(signal.SIGTERM)
+    time.sleep(1)
+    run.kill(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.alive(run.pid)
+    gate.gate.set()
+    assert stopped(run, signal.SIGTERM) == (0, 1)
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGUSR1)])
+def test_a_second_signal_ends_it_at_once(numbers, gate, start, tmp_path):
+    """Without a checkpoint, where no batch comes; and its workers, which wait for the server, end soon after it."""
+    gate.part = 0
+    run = start(*gate.args, note=True)
+    wait_for_workers(gate)
+    run.kill(numbers[0])
+    time.sleep(2.5)
+    assert run.alive(run.pid)
+    run.kill(numbers[1]).finish(status=128 + numbers[1], timeout=1)
+    assert not (tmp_path / "checkpoint.pth.tar").exists()
+
+
+def test_a_stop_while_workers_wait(gate, start):
+    """All four wait for the server as they make their third batch, while steps 5 to 8 have theirs."""
+    gate.part = 0.6
+    run = start(*gate.args, note=True).until("^Epoch", count=5)
+    wait_for_workers(gate)
+    began = time.monotonic()
+    epoch, step = stopped(run.kill(signal.SIGTERM), signal.SIGTERM)
+    assert epoch == 0 and 5 <= step < 8 and time.monotonic() - began < 8
 
 
 # ---------------------------------------------------------------------------- with other options
@@ -576,9 +694,9 @@ OTHER = {
     "ranks": (["-b", 8, "-j", 4], "world_size 1, not 2"),
     "shuffle": (["--shuffle", 7], "shuffle 1000, not 7"),
     "seed": (["--seed", 2], "seed 1, not 2"),
-    "fewer shards": ([], "with shards [["),
-    "samples": ([], "with shards [["),
-    "lengths": ([], "with shards [["),  # as many shards and samples, but divided in another way
+    "fewer shards": ([], "with other shards"),
+    "samples": ([], "with other shards"),
+    "lengths": ([], "with other shards"),  # as many shards and samples, but divided in another way
 }
 LENGTHS = {"fewer shards": [30, 29, 19], "samples": [30, 1, 29, 17], "lengths": [29, 2, 29, 18]}
 
@@ -600,7 +718,9 @@ def test_moved_shards_and_more_epochs_are_not_refused(start, stopped_at, tmp_pat
     folder, step = stopped_at
     shards = write_shards(tmp_path / "moved", {"train": TRAIN, "validation": VAL})
     args = [*WDS, "--epochs", 2, "--shards", shards, "--resume", folder / "checkpoint.pth.tar"]
-    start(*args, note=True).finish()
+    out, _ = start(*args, note=True).finish()
+    printed = re.findall(r"^Epoch: \[1\](\S* ?\S*/\d+\])", out, re.M)
+    assert printed == [f"[{i:2}/{STEPS}]" for i in range(step + 1, STEPS + 1)]  # such as [ 6/20]
     seen = [*lines(folder)[STEPS:], *lines(tmp_path)]
     assert len(seen) == STEPS and len(lines(tmp_path)) == STEPS - step
     assert sorted(itertools.chain(*seen)) == list(range(sum(TRAIN)))
@@ -633,7 +753,7 @@ def test_folders_at_a_signal(number, start, folders, tmp_path):
     run = start(*args, note=True).until(r"^Epoch: \[1\]")
     before = (tmp_path / "checkpoint.pth.tar").read_bytes()
     _, (line,) = run.until("^Epoch", count=8 + 3).kill(number).finish(status=128 + number, lines=1)
-    assert line == f"main-wds.py: stopped by {number.name}; --resume goes on after the last whole epoch"
+    assert line == f"main-wds.py: stopped by {number.name}; the last checkpoint is that of the last whole epoch"
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
 
 
@@ -654,7 +774,7 @@ def test_a_rank_is_killed(script, start, folders, shards):
     run = start(*args, *ddp(), script=script).until("^Epoch", count=2)
     os.kill(ranks_of(run)[script == "main-orig.py"], signal.SIGKILL)
     _, (line,) = run.finish(status=1, lines=1)
-    form = r"process \d terminated with signal SIGKILL, and so the others of this node were ended"
+    form = r"process \d terminated with signal SIGKILL; the other processes of this node were ended"
     assert re.fullmatch(rf"{script}: {form}", line)
 
 
