@@ -52,7 +52,6 @@ from multiprocessing.util import Finalize
 from urllib.error import HTTPError
 
 import webdataset as wds
-from PIL import ExifTags
 from torch.utils.data import default_collate, get_worker_info
 from torchvision.io import ImageReadMode
 from webdataset.gopen import set_options
@@ -946,12 +945,14 @@ def decode_tensor(data):
 
     JPEGs of one or three channels go to the fast decoder, all else to Pillow. EXIF orientation is ignored.
     """
-    name, decode_jpeg = jpeg_decoder()
+    _, decode_jpeg = jpeg_decoder()
     try:
         with Image.open(io.BytesIO(data)) as image:  # reads the header, in 30 µs; refuses sizes that fill the memory
             fast = decode_jpeg and image.format == "JPEG" and image.mode in ("L", "RGB")
-            rotated = name == "TorchCodec" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        if fast and not rotated:
+            exif = image.info.get("exif", b"")[:10]  # its header
+        if fast and exif:  # TorchCodec would rotate the image
+            data = data.replace(exif, bytes(len(exif)))
+        if fast:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except Exception:  # perhaps Pillow can decode it
         pass
@@ -965,7 +966,7 @@ DECODERS = {"tensor": decode_tensor, "pil": decode_pil}
 def jpeg_decoder():
     """(name, function) of the fastest decoder there is, from uint8 (N), a JPEG's bytes, to uint8 (3, H, W)."""
     try:
-        from torchcodec.decoders import decode_jpeg  # 0.16 or newer; it rotates by EXIF orientation
+        from torchcodec.decoders import decode_jpeg  # 0.16 or newer
 
         return "TorchCodec", decode_jpeg
     except (ImportError, OSError, RuntimeError):  # there is none, or it was built for another PyTorch
