@@ -153,17 +153,23 @@ def spawn(nprocs, args):
     """Run the processes of this node. A signal may come to this process alone, so it is passed on to them."""
     args.world_size *= nprocs
     context = mp.spawn(run_worker, (nprocs, args), nprocs=nprocs, join=False)
+    received = []
 
-    def stop(number, _):
-        signal.signal(number, signal.SIG_IGN)
+    def pass_on(number, _):
+        received.append(number)
         for process in context.processes:
             process.terminate()
-        sys.exit(128 + number)  # waits for them
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
-    while not context.join():
-        pass
+        signal.signal(number, pass_on)
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException:
+        if not received:
+            raise
+    if received:
+        sys.exit(128 + received[0])
 
 
 def run_worker(gpu, ngpus_per_node, args):

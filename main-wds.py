@@ -183,17 +183,23 @@ def spawn(nprocs, args):
     """Run the processes of this node. A signal may come to this process alone, so it is passed on to them."""
     args.world_size *= nprocs
     context = mp.spawn(run_worker, (nprocs, args), nprocs=nprocs, join=False)
+    received = []
 
-    def stop(number, _):
-        signal.signal(number, signal.SIG_IGN)
+    def pass_on(number, _):
+        received.append(number)
         for process in context.processes:
             process.terminate()
-        sys.exit(128 + number)  # waits for them
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
-    while not context.join():
-        pass
+        signal.signal(number, pass_on)
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException:
+        if not received:
+            raise
+    if received:
+        sys.exit(128 + received[0])
 
 
 def run_worker(gpu, ngpus_per_node, args):
@@ -639,8 +645,8 @@ def shard_loader(
     shuffle: samples in each worker's buffer, undecoded; seed: must be the same on all ranks.
     reuse_memory: saves 9 %, but later batches overwrite the images: copy each batch before asking for the next one.
 
-    images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch. The augmentation's
-    `random` and torch are seeded for each batch, in its process. DataError names a shard or sample that can't be read.
+    images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch. In training, each
+    sample seeds `random` and torch in its process. DataError names a shard or sample that can't be read.
     """
     dataset = ShardPipeline(lengths, batch_size, rank, world_size, seed, train)
     dataset.pipeline = [
@@ -692,11 +698,11 @@ class ShardPipeline(wds.DataPipeline):
         return self.plan(epoch, worker, workers)
 
     def skip_done(self, samples):
-        """Stage 4: the samples from the first step on, with a seed for the augmentation of each batch."""
+        """Stage 4: the samples from the first step on, each with a seed for its augmentation."""
         for i, sample in enumerate(samples):
-            if self.train and i % self.batch_size == 0:
-                sample["__seed__"] = f"{self.seed} {i}"
             if i >= self.done:
+                if self.train:
+                    sample["__seed__"] = f"{self.seed} {i}"
                 yield sample
 
 
@@ -1067,15 +1073,15 @@ class Run:
         if not number:
             return
         self.save()
-        if self.group:
-            dist.barrier(self.group)  # until it is written
-            dist.destroy_process_group()
         if self.args.rank == 0:
             what = "the last checkpoint is that of the last whole epoch"
             if self.position:
                 what = f"--resume checkpoint.pth.tar continues (epoch {self.epoch}, step {self.position['step']})"
             name = signal.Signals(number).name
             sys.stderr.write(f"{os.path.basename(sys.argv[0])}: stopped by {name}; {what}\n")
+        if self.group:
+            dist.barrier(self.group)  # until rank 0 has written it
+            dist.destroy_process_group()
         self.workers_end.fill_(True)
         sys.exit(128 + number)
 
@@ -1181,12 +1187,12 @@ def init_worker(workers_end, _):
     """In a worker: leave signals, which schedulers send to all processes, to the main process, and end with it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=watch_main, args=(workers_end,), daemon=True).start()
+    threading.Thread(target=watch_main, args=(workers_end, os.getppid()), daemon=True).start()
 
 
-def watch_main(workers_end):
+def watch_main(workers_end, parent):
     """In a worker's thread: end the worker, even if it waits for a server, once the main process ends or is gone."""
-    while not workers_end and mp.parent_process().is_alive():
+    while not workers_end and os.getppid() == parent:
         time.sleep(1)
     time.sleep(2)  # in which the DataLoader may end it
     os._exit(0)
