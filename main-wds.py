@@ -43,6 +43,7 @@ from torchvision.transforms import v2
 import contextlib
 import functools
 import glob
+import itertools
 import json
 import re
 import threading
@@ -649,15 +650,14 @@ def shard_loader(
     sample seeds `random` and torch in its process. DataError names a shard or sample that can't be read.
     """
     dataset = ShardPipeline(lengths, batch_size, rank, world_size, seed, train)
+    batched = functools.partial(batched_in_place, batch_size=batch_size)
     dataset.pipeline = [
         dataset.pieces,  # 1. (shard, first, last): what this worker reads in this epoch
         functools.partial(read_shards, urls=urls, lengths=lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
         wds.shuffle(shuffle if train else 0, rng=dataset.rng),  # 3. the same in another order
         dataset.skip_done,  # 4. without what was done before a resumed step
         functools.partial(decode_samples, transform=transform, num_classes=num_classes),  # 5. (image, class)
-        wds.batched(
-            batch_size, collation_fn=ReusedMemory() if reuse_memory else default_collate
-        ),  # 6. (images, target)
+        batched if reuse_memory else wds.batched(batch_size, collation_fn=default_collate),  # 6. (images, target)
     ]
     options = {"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {}
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
@@ -926,7 +926,7 @@ wds.gopen_schemes.update(http=open_http, https=open_http)
 
 # ---------------------------------------------------------------------------- decoding, batching
 
-PREFETCH = 2  # batches that a worker makes ahead; ReusedMemory relies on it
+PREFETCH = 2  # batches that a worker makes ahead; batched_in_place() relies on it
 
 
 def decode_samples(samples, transform, num_classes):
@@ -1013,23 +1013,23 @@ def channels_last(image):
     return image.permute(1, 2, 0)
 
 
-class ReusedMemory:
-    """Stage 6, instead of default_collate: the images of every third batch lie in the same shared memory.
+def batched_in_place(samples, batch_size):
+    """Stage 6, instead of wds.batched(): the images of every third batch lie in the same shared memory.
 
     Of each worker's batches the caller has at most one in hand, and the DataLoader PREFETCH ahead. (Also at the end of
     an epoch: no worker has two batches more than another.)
     """
-
-    def __init__(self):
-        self.blocks = [torch.empty(0)] * (PREFETCH + 1)
-
-    def __call__(self, samples):
-        images, target = zip(*samples, strict=True)
-        block = self.blocks.pop(0)
-        if len(block) < len(images):
-            block = images[0].new_empty((len(images), *images[0].shape)).share_memory_()
-        self.blocks.append(block)
-        return torch.stack(images, out=block[: len(images)]), torch.tensor(target)
+    blocks = [None] * (PREFETCH + 1)
+    for turn in itertools.cycle(range(len(blocks))):
+        target = []
+        for image, label in itertools.islice(samples, batch_size):
+            if blocks[turn] is None:
+                blocks[turn] = image.new_empty((batch_size, *image.shape)).share_memory_()
+            blocks[turn][len(target)] = image
+            target.append(label)
+        if not target:
+            return
+        yield blocks[turn][: len(target)], torch.tensor(target)
 
 
 # ---------------------------------------------------------------------------- to the device, stopping, resuming
