@@ -608,29 +608,23 @@ def accuracy(output, target, topk=(1,)):
 
 def make_train_loader_wds(args):
     """The same number and sizes of batches as make_train_loader_orig, from the training shards."""
-    return make_loader_wds(args, "train", shuffle=args.shuffle, seed=args.seed or 0)
+    return make_loader_wds(args, "train")
 
 
 def make_val_loader_wds(args):
     """Batches of the validation shards, in order. Under DDP each sample goes to one rank only."""
-    return make_loader_wds(args, "val", train=False)
+    return make_loader_wds(args, "val")
 
 
-LOADERS = {
-    "orig": (make_train_loader_orig, make_val_loader_orig),
-    "wds": (make_train_loader_wds, make_val_loader_wds),
-}
-
-
-def make_loader_wds(args, split, **options):
+def make_loader_wds(args, split):
     urls, lengths = find_shards(args, split)
     transform = v2.Compose([DECODERS[args.decode], make_transform(args, split)])
-    options["rank"] = args.rank
-    options["world_size"] = args.world_size
-    options["pin_memory"] = args.device.type == "cuda"
-    options["reuse_memory"] = args.decode == "tensor"  # DeviceLoader makes floats of these bytes at once
-    loader = shard_loader(urls, lengths, transform, args.batch_size, args.workers, **options)
-    names = [os.path.basename(url.partition("?")[0]).partition(" ")[0] for url in urls]
+    loader = shard_loader(
+        urls, lengths, transform, args.batch_size, args.workers, args.rank, args.world_size, args.shuffle,
+        args.seed or 0, train=split == "train", pin_memory=args.device.type == "cuda",
+        reuse_memory=args.decode == "tensor",  # DeviceLoader makes floats of these bytes at once
+    )  # fmt: skip
+    names = [sorted(name for name in file_names(url) if ".tar" in name) or [url] for url in urls]
     loader.shards = [list(shard) for shard in zip(names, lengths, strict=True)]
     return loader
 
@@ -663,6 +657,12 @@ def shard_loader(
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
 
 
+LOADERS = {
+    "orig": (make_train_loader_orig, make_val_loader_orig),
+    "wds": (make_train_loader_wds, make_val_loader_wds),
+}
+
+
 # ---------------------------------------------------------------------------- which worker reads what
 
 
@@ -690,7 +690,7 @@ class ShardPipeline(wds.DataPipeline):
         epoch, step = self.position.tolist()
         info = get_worker_info()
         workers = info.num_workers if info else 1
-        # the DataLoader asks worker 0 for the first batch; after a resume that is the turn of worker step % workers
+        # the DataLoader always starts with worker 0; after a resume, that one continues as worker step % workers
         worker = (info.id + step) % workers if info else 0
         self.done = math.ceil((step - worker) / workers) * self.batch_size
         self.seed = f"{self.seed_prefix} {epoch} {worker}"
@@ -758,6 +758,8 @@ def find_shards(args, split):
     for url in urls:
         if is_local(url) and not os.path.exists(url.removeprefix("file:")):
             fail(f"{url}: no such shard, though --{split}shards or the index names it")
+        if not is_local(url) and url.partition(":")[0] not in wds.gopen_schemes:
+            fail(f"{url}: webdataset can't open such URLs; use pipe: and a command")
     if not sum(lengths):
         fail(f"{patterns[split] or args.shards}: no samples in the {split} shards")
     if split == "train" and sum(lengths) < args.world_size:
@@ -769,7 +771,8 @@ def find_shards(args, split):
         if classes and others and classes != others:
             differing = ", ".join(sorted(set(classes) ^ set(others))[:5]) or "their order"
             fail(f"training and validation shards have different classes: {differing}; write both in one run")
-    say(args, f"=> {split}: {sum(lengths)} images in {len(urls)} shards, {len(classes) if classes else 'any'} classes")
+    number = f", {len(classes)} classes" if classes else ""
+    say(args, f"=> {split}: {sum(lengths)} images in {len(urls)} shards{number}")
     return urls, lengths
 
 
@@ -797,8 +800,8 @@ def list_shards(folder, split, pattern=None):
         for name, length in zip(entry["filenames"], entry["shard_lengths"], strict=True):
             known[os.path.basename(name)] = (length, entry["classes"])
     found = []
-    for url in urls:  # the file name may stand anywhere in a command
-        names = {word.rpartition("/")[2] for word in re.split(r"[\s'\"|;<>?&=]+", url)} & known.keys()
+    for url in urls:
+        names = file_names(url) & known.keys()
         if len(names) != 1:
             fail(f"{url}: names {len(names)} shards of the index, not one; makeshards.py --index writes another")
         found.append(known[names.pop()])
@@ -843,6 +846,11 @@ def expand(pattern):
     return found
 
 
+def file_names(url):
+    """The words of a path, URL or command that may be the file name of its shard."""
+    return {word.rpartition("/")[2] for word in re.split(r"[\s'\"|;<>?&=]+", url)}
+
+
 def is_local(url):
     return url.startswith("file:") or not ("://" in url or url.startswith("pipe:"))
 
@@ -879,6 +887,7 @@ def read_shard(url, length, first, last):
         except Exception as error:  # a damaged tar may raise nearly anything
             problem = f"broken after {count} of its {length} samples ({reason(error)})"
             temporary = getattr(error, "code", 500) in (408, 429, *range(500, 600))  # any other http status is final
+            temporary = temporary and not isinstance(error, (FileNotFoundError, ImportError))  # a program is missing
         pause = next(pauses, None)
         if is_local(url) or not temporary or pause is None:
             fail(f"{url}: {problem}")
@@ -953,7 +962,7 @@ def decode_tensor(data):
     """
     _, decode_jpeg = jpeg_decoder()
     try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header, in 30 µs; refuses sizes that fill the memory
+        with Image.open(io.BytesIO(data)) as image:  # reads the header, in 30 µs; rejects decompression bombs
             fast = decode_jpeg and image.format == "JPEG" and image.mode in ("L", "RGB")
             exif = image.info.get("exif", b"")[:10]  # its header
         if fast and exif:  # TorchCodec would rotate the image
@@ -1073,6 +1082,7 @@ class Run:
         if not number:
             return
         self.save()
+        self.workers_end.fill_(True)
         if self.args.rank == 0:
             what = "the last checkpoint is that of the last whole epoch"
             if self.position:
@@ -1082,7 +1092,6 @@ class Run:
         if self.group:
             dist.barrier(self.group)  # until rank 0 has written it
             dist.destroy_process_group()
-        self.workers_end.fill_(True)
         sys.exit(128 + number)
 
     def save(self):

@@ -320,7 +320,7 @@ def normalising(args):
     """Microseconds an image that normalising a batch of bytes takes, on the device; the median of ten batches."""
     torch, times = script().torch, []
     batch = torch.randint(256, (64, args.image_size, args.image_size, 3), dtype=torch.uint8), torch.zeros(64)
-    run = argparse.Namespace(args=args, ending=None)
+    run = argparse.Namespace(args=args, workers_end=None)
     loader = script().DeviceLoader(argparse.Namespace(), run)  # of no batches
     for _ in range(12):
         start = time.perf_counter()

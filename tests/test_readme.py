@@ -41,6 +41,7 @@ def commands():
 
 
 FORMS = {"./run", "./run SCRIPT.py ...", "python SCRIPT.py ...", "./run test"}  # no commands; and what runs this
+FORMS |= {"diff main-orig.py main-wds.py"}  # its exit status is 1; ./run diff shows the same
 ELSEWHERE = {  # those that take long, and where they are run at a smaller size
     "./run bench": ("test_run.py", 'run(made, "bench", "--only", "training"'),
     "./run bench --cold": ("test_bench.py", '"--cold"'),
