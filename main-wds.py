@@ -748,7 +748,7 @@ INDEX = "_info.json"
 INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
 IMAGES = {ending.lstrip(".") for ending in datasets.folder.IMG_EXTENSIONS}  # in a sample; its class is in "cls"
 TIMEOUT = 60  # seconds that an http server may be silent
-PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote shard is read again: five minutes in all
+PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote shard is read again; their sum is five minutes
 
 
 def find_shards(args, split):
