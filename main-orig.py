@@ -22,8 +22,10 @@ import io
 import math
 import os
 import random
+import re
 import signal
 import sys
+import tempfile
 import time
 
 import torch
@@ -40,6 +42,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels: red, green, blue, from 0 t
 STD = (0.229, 0.224, 0.225)
 TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, for --dummy
 NUM_CLASSES = 1000  # outputs of torchvision's classifiers; a dataset may use fewer
+NODE_OPTIONS = "rank gpu device data shards trainshards valshards workers resume ngpus_per_node dist_url".split()
 ARCHS_URL = "https://pytorch.org/vision/stable/models.html"
 ARCHS = [name for name in models.list_models(module=models) if name not in ("googlenet", "inception_v3")]
 
@@ -69,7 +72,7 @@ def parse_args():
     add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
     add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
     add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where ranks meet (default: %(default)s)")
-    add("--dist-backend", default="nccl", metavar="NAME", help="gloo if there is no CUDA (default: %(default)s)")
+    add("--dist-backend", default="nccl", metavar="NAME", help="without CUDA the device's own (default: %(default)s)")
     add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
@@ -110,6 +113,19 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def print_line(line, file=None):
+    """Print, without the passwords of URLs. A terminal that was closed or a log on a full disk doesn't end training."""
+    file = file or sys.stdout
+    try:
+        print(re.sub(r"://[^/\s]*@", "://", line), file=file, flush=True)
+    except OSError:  # what follows is discarded; else Python's exit would fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def print_error(message):
+    print_line(f"{os.path.basename(sys.argv[0])}: {message}", sys.stderr)
+
+
 # ---------------------------------------------------------------------------- main
 
 
@@ -120,27 +136,32 @@ def main():
         sys.exit(128 + signal.SIGINT)
     except mp.ProcessExitedException as error:
         if error.exit_code < 0:  # else the process has printed the reason
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}; the other processes of this node were ended\n")
+            print_error(f"{error}; the other processes of this node were ended")
         sys.exit(max(error.exit_code, 1))
     except Exception as error:
         # an error of a spawned process arrives as the text of its traceback
         _, is_data_error, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
         if not is_data_error:
             raise
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message.strip()}\n")
+        print_error(message.strip())
         sys.exit(2)
 
 
 def start(args):
     """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
     args.start_method = mp.get_start_method()
-    args.rank = max(args.rank, 0)
-    args.world_size = max(args.world_size, 1)
-    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # started by torchrun
-        args.rank = int(os.environ["RANK"])
-        args.world_size = int(os.environ["WORLD_SIZE"])
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+    if torchrun:
         args.dist_url = "env://"
         args.multiprocessing_distributed = False
+    if args.dist_url == "env://":
+        for name in ("RANK", "WORLD_SIZE"):  # of this process, or with --multiprocessing-distributed of this node
+            if not os.environ.get(name, "").isdigit():
+                fail(f"--dist-url env://: {name} is not set in the environment; torchrun sets it")
+            setattr(args, name.lower(), int(os.environ[name]))
+    args.rank = max(args.rank, 0)
+    args.world_size = max(args.world_size, 1)
+    if torchrun:
         run_worker(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), args)
     elif args.multiprocessing_distributed:
         ngpus_per_node = 0 if args.no_accel else torch.accelerator.device_count()
@@ -173,16 +194,25 @@ def spawn(nprocs, args):
 
 
 def run_worker(gpu, ngpus_per_node, args):
-    """main_worker(), with a one-line error where the connection to another rank is lost."""
+    """main_worker(), with a readable error where the connection to another rank fails, or a data worker."""
     try:
         main_worker(gpu, ngpus_per_node, args)
         if args.distributed:
             dist.destroy_process_group()
+    except (ConnectionError, EOFError) as error:
+        fail(f"a data worker was killed ({first_line(error)})")
     except RuntimeError as error:
-        if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        text = str(error)
+        if "unable to allocate shared memory" in text or "No space left on device" in text or "Bus error" in text:
+            fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
+        if "DataLoader worker (pid" in text:
+            fail(f"{first_line(error)}; if the system killed it for lack of memory, lower --workers or --batch-size")
+        if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
             raise
-        time.sleep(5)  # let the other rank print its reason first
-        fail(f"rank {args.rank} lost another rank, which tells why, or was killed ({first_line(error)})")
+        if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
+            time.sleep(5)  # let the other rank print its reason first
+            fail(f"rank {args.rank} lost the connection to another rank, which failed or was killed ({first_line(error)})")
+        fail(f"rank {args.rank}: {text}")
 
 
 def main_worker(gpu, ngpus_per_node, args):
@@ -191,15 +221,20 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
+    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would drop all batches, silently
+        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
     if args.batch_size < ngpus_per_node:
         fail(f"--batch-size {args.batch_size}: too few for the {ngpus_per_node} processes of this node")
+    args.ngpus_per_node = ngpus_per_node
+    device = pick_device(gpu, args)
+    args.device = device
+    init_process_group(args)
+    options = {name: value for name, value in vars(args).items() if name not in NODE_OPTIONS}
+    check_ranks_agree(args, {f"--{name.replace('_', '-')}": value for name, value in options.items()})
     args.batch_size //= ngpus_per_node
     args.workers = math.ceil(args.workers / ngpus_per_node)
     if ngpus_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # else the processes compete for the cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ngpus_per_node))
-    device = pick_device(gpu, args)
-    args.device = device
-    init_process_group(args)
 
     set_seed(args, epoch=-1)
     say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}'")
@@ -217,8 +252,12 @@ def main_worker(gpu, ngpus_per_node, args):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
     checkpoint = {"epoch": 0, "best_acc1": 0.0}
-    if args.resume:
+    if args.resume and os.path.isfile(args.resume):
         checkpoint = load_checkpoint(args, model, optimizer, scheduler)
+    elif args.resume and args.evaluate:
+        fail(f"--resume {args.resume}: no checkpoint found there")
+    elif args.resume:
+        say(args, f"=> no checkpoint found at '{args.resume}': training starts from the beginning")
     first_epoch = checkpoint["epoch"] if args.start_epoch is None else args.start_epoch
     best_acc1 = checkpoint["best_acc1"]
 
@@ -235,9 +274,16 @@ def main_worker(gpu, ngpus_per_node, args):
 
     val_loader = make_val_loader_orig(args)
     train_loader = None if args.evaluate else make_train_loader_orig(args)
+    if "position" in checkpoint and args.start_epoch is None:
+        say(args, f"=> epoch {first_epoch} is trained again from its first step")
     if args.evaluate:
         validate(val_loader, model, criterion, args)
         return
+    start = {"checkpoint found": "arch" in checkpoint, "position": checkpoint.get("position"), "epoch": first_epoch}
+    check_ranks_agree(args, {**start, "number of batches": len(train_loader)})
+    check_writable(args)
+    if first_epoch >= args.epochs:
+        say(args, f"=> all {args.epochs} epochs are done; to continue, increase --epochs")
     for epoch in range(first_epoch, args.epochs):
         set_seed(args, epoch)
         if args.distributed:
@@ -254,6 +300,8 @@ def main_worker(gpu, ngpus_per_node, args):
 def pick_device(gpu, args):
     """The accelerator (CUDA, or whichever PyTorch finds) with index --gpu or gpu, else the CPU."""
     if args.no_accel or not torch.accelerator.is_available():
+        if args.gpu is not None and not args.no_accel:
+            say(args, f"=> --gpu {args.gpu}: this machine has no GPU")
         return torch.device("cpu")
     if args.distributed and torch.accelerator.current_accelerator().type == "mps":  # it has no collectives
         return torch.device("cpu")
@@ -261,6 +309,8 @@ def pick_device(gpu, args):
     index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else (gpu or 0) % count
     if not 0 <= index < count:
         fail(f"--gpu {index}: this machine has {count}, numbered from 0")
+    if 1 < count < args.ngpus_per_node:
+        fail(f"{args.ngpus_per_node} processes on this node, but it has {count} GPUs: start one process per GPU")
     if count > 1:
         torch.accelerator.set_device_index(index)
     return torch.device(torch.accelerator.current_accelerator().type, index)
@@ -269,11 +319,25 @@ def pick_device(gpu, args):
 def init_process_group(args):
     if not args.distributed:
         return
-    backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
+    backend = args.dist_backend
+    if backend == "nccl":
+        backend = dist.get_default_backend_for_device(args.device)  # e.g. gloo on a CPU
     try:
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
     except (RuntimeError, ValueError) as error:
-        fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
+        fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet: {error}")
+
+
+def check_ranks_agree(args, values):
+    """DataError if one of the named values is not the same on all ranks, where training would wait forever."""
+    if not args.distributed:
+        return
+    by_rank = [None] * args.world_size
+    dist.all_gather_object(by_rank, values)
+    for name, first in by_rank[0].items():
+        for rank, others in enumerate(by_rank):
+            if others[name] != first:
+                fail(f"{name} is {first} on rank 0 but {others[name]} on rank {rank}; it must be the same")
 
 
 def set_seed(args, epoch):
@@ -287,7 +351,7 @@ def set_seed(args, epoch):
 def say(args, line):
     """Print a line on rank 0 only."""
     if args.rank == 0:
-        print(line, flush=True)
+        print_line(line)
 
 
 def make_model(args):
@@ -396,6 +460,7 @@ def train(train_loader, model, criterion, optimizer, epoch, device, args, first_
     progress = ProgressMeter(len(train_loader), [batch_time, data_time, losses, top1, top5], f"Epoch: [{epoch}]")
     model.train()
     end = time.time()
+    i = first_step - 1
     for i, (images, target) in enumerate(train_loader, first_step):
         data_time.update(time.time() - end)
         images = images.to(device, non_blocking=True, memory_format=args.memory_format)
@@ -419,6 +484,8 @@ def train(train_loader, model, criterion, optimizer, epoch, device, args, first_
         end = time.time()
         if i % args.print_freq == 0 and args.rank == 0:
             progress.display(i + 1)
+    if i + 1 != len(train_loader):
+        fail(f"the loader of the training set ended after {i + 1} of {len(train_loader)} batches")
 
 
 @torch.no_grad()
@@ -435,6 +502,7 @@ def validate(val_loader, model, criterion, args):
             dist.broadcast(buffer, 0)
     model.eval()
     end = time.time()
+    i = -1
     for i, (images, target) in enumerate(val_loader):
         images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(args.device, non_blocking=True)
@@ -449,32 +517,46 @@ def validate(val_loader, model, criterion, args):
         end = time.time()
         if i % args.print_freq == 0 and i + 1 < len(val_loader) and args.rank == 0:
             progress.display(i + 1)
+    if i + 1 != len(val_loader):
+        fail(f"the loader of the validation set ended after {i + 1} of {len(val_loader)} batches")
     if args.distributed:
         for meter in (losses, top1, top5):
             meter.all_reduce(args.device)
     if args.rank == 0:
         progress.display(len(val_loader))  # its averages are those over all ranks
-        print(f" * Acc@1 {top1.avg:.3f} Acc@5 {top5.avg:.3f}", flush=True)
+        print_line(f" * Acc@1 {top1.avg:.3f} Acc@5 {top5.avg:.3f}")
     return top1.avg
 
 
 # ---------------------------------------------------------------------------- checkpoints
 
 
+def check_writable(args):
+    """Report now, not after the first epoch, if no checkpoint can be written to the current folder."""
+    try:
+        if args.rank == 0:
+            tempfile.TemporaryFile(dir=".").close()
+    except OSError as error:
+        fail(f"{os.getcwd()}: can't write checkpoints there ({error.strerror}); run in another folder")
+
+
 def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     """Write the state. The previous file stays until the new one is complete and on disk."""
+    buffer = io.BytesIO()  # if the disk is full, torch.save() to a file would not say so
+    torch.save(state, buffer)
     # the best first: after a kill in between, the resumed run would not find that epoch better than itself
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
+        partial = f"{name}.{os.urandom(4).hex()}.partial"  # another run in this folder has other names
         try:
-            with open(f"{name}.partial", "wb") as file:
-                torch.save(state, file)
+            with open(partial, "wb") as file:
+                file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(f"{name}.partial", name)
-        except (OSError, RuntimeError) as error:
-            if os.path.exists(f"{name}.partial"):
-                os.unlink(f"{name}.partial")
-            fail(f"{os.getcwd()}: can't write {name} there ({first_line(error)})")
+            os.replace(partial, name)
+        except OSError as error:
+            if os.path.exists(partial):
+                os.unlink(partial)
+            fail(f"{os.getcwd()}: can't write {name} there ({error.strerror})")
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
@@ -501,7 +583,16 @@ def load_checkpoint(args, model, optimizer, scheduler):
         scheduler.load_state_dict(checkpoint["scheduler"])
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
-    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {checkpoint['epoch']})")
+    where = f"epoch {checkpoint['epoch']}"
+    if "position" in checkpoint:
+        where += f", step {checkpoint['position']['step']}"
+    say(args, f"=> loaded checkpoint '{args.resume}' ({where})")
+    group = optimizer.param_groups[0]
+    options = {"lr": group.get("initial_lr", group["lr"]), "momentum": group["momentum"], "weight-decay": group["weight_decay"]}
+    given = {"lr": args.lr, "momentum": args.momentum, "weight-decay": args.weight_decay}
+    changed = [f"--{name} {value}, not {given[name]}" for name, value in options.items() if value != given[name]]
+    if changed:
+        say(args, f"=> the checkpoint's options are kept: {', '.join(changed)}")
     return checkpoint
 
 
@@ -548,7 +639,7 @@ class ProgressMeter:
     def display(self, batch):
         width = len(str(self.num_batches))
         line = [f"{self.prefix}[{batch:{width}}/{self.num_batches}]", *map(str, self.meters)]
-        print("\t".join(line), flush=True)
+        print_line("\t".join(line))
 
 
 @torch.no_grad()

@@ -24,8 +24,10 @@ import io
 import math
 import os
 import random
+import re
 import signal
 import sys
+import tempfile
 import time
 
 import torch
@@ -40,12 +42,11 @@ from torchvision.transforms import v2
 
 # isort: split
 # and for the shards:
-import contextlib
 import functools
 import glob
+import gzip
 import itertools
 import json
-import re
 import threading
 import urllib.request
 import warnings
@@ -62,6 +63,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels: red, green, blue, from 0 t
 STD = (0.229, 0.224, 0.225)
 TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, for --dummy
 NUM_CLASSES = 1000  # outputs of torchvision's classifiers; a dataset may use fewer
+NODE_OPTIONS = "rank gpu device data shards trainshards valshards workers resume ngpus_per_node dist_url".split()
 ARCHS_URL = "https://pytorch.org/vision/stable/models.html"
 ARCHS = [name for name in models.list_models(module=models) if name not in ("googlenet", "inception_v3")]
 
@@ -100,7 +102,7 @@ def parse_args():
     add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
     add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
     add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where ranks meet (default: %(default)s)")
-    add("--dist-backend", default="nccl", metavar="NAME", help="gloo if there is no CUDA (default: %(default)s)")
+    add("--dist-backend", default="nccl", metavar="NAME", help="without CUDA the device's own (default: %(default)s)")
     add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
@@ -141,6 +143,19 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def print_line(line, file=None):
+    """Print, without the passwords of URLs. A terminal that was closed or a log on a full disk doesn't end training."""
+    file = file or sys.stdout
+    try:
+        print(re.sub(r"://[^/\s]*@", "://", line), file=file, flush=True)
+    except OSError:  # what follows is discarded; else Python's exit would fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def print_error(message):
+    print_line(f"{os.path.basename(sys.argv[0])}: {message}", sys.stderr)
+
+
 # ---------------------------------------------------------------------------- main
 
 
@@ -151,27 +166,32 @@ def main():
         sys.exit(128 + signal.SIGINT)
     except mp.ProcessExitedException as error:
         if error.exit_code < 0:  # else the process has printed the reason
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {error}; the other processes of this node were ended\n")
+            print_error(f"{error}; the other processes of this node were ended")
         sys.exit(max(error.exit_code, 1))
     except Exception as error:
         # an error of a spawned process arrives as the text of its traceback
         _, is_data_error, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
         if not is_data_error:
             raise
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message.strip()}\n")
+        print_error(message.strip())
         sys.exit(2)
 
 
 def start(args):
     """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
     args.start_method = mp.get_start_method()
-    args.rank = max(args.rank, 0)
-    args.world_size = max(args.world_size, 1)
-    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # started by torchrun
-        args.rank = int(os.environ["RANK"])
-        args.world_size = int(os.environ["WORLD_SIZE"])
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+    if torchrun:
         args.dist_url = "env://"
         args.multiprocessing_distributed = False
+    if args.dist_url == "env://":
+        for name in ("RANK", "WORLD_SIZE"):  # of this process, or with --multiprocessing-distributed of this node
+            if not os.environ.get(name, "").isdigit():
+                fail(f"--dist-url env://: {name} is not set in the environment; torchrun sets it")
+            setattr(args, name.lower(), int(os.environ[name]))
+    args.rank = max(args.rank, 0)
+    args.world_size = max(args.world_size, 1)
+    if torchrun:
         run_worker(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), args)
     elif args.multiprocessing_distributed:
         ngpus_per_node = 0 if args.no_accel else torch.accelerator.device_count()
@@ -204,16 +224,25 @@ def spawn(nprocs, args):
 
 
 def run_worker(gpu, ngpus_per_node, args):
-    """main_worker(), with a one-line error where the connection to another rank is lost."""
+    """main_worker(), with a readable error where the connection to another rank fails, or a data worker."""
     try:
         main_worker(gpu, ngpus_per_node, args)
         if args.distributed:
             dist.destroy_process_group()
+    except (ConnectionError, EOFError) as error:
+        fail(f"a data worker was killed ({first_line(error)})")
     except RuntimeError as error:
-        if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        text = str(error)
+        if "unable to allocate shared memory" in text or "No space left on device" in text or "Bus error" in text:
+            fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
+        if "DataLoader worker (pid" in text:
+            fail(f"{first_line(error)}; if the system killed it for lack of memory, lower --workers or --batch-size")
+        if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
             raise
-        time.sleep(5)  # let the other rank print its reason first
-        fail(f"rank {args.rank} lost another rank, which tells why, or was killed ({first_line(error)})")
+        if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
+            time.sleep(5)  # let the other rank print its reason first
+            fail(f"rank {args.rank} lost the connection to another rank, which failed or was killed ({first_line(error)})")
+        fail(f"rank {args.rank}: {text}")
 
 
 def main_worker(gpu, ngpus_per_node, args):
@@ -222,15 +251,20 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
+    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would drop all batches, silently
+        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
     if args.batch_size < ngpus_per_node:
         fail(f"--batch-size {args.batch_size}: too few for the {ngpus_per_node} processes of this node")
+    args.ngpus_per_node = ngpus_per_node
+    device = pick_device(gpu, args)
+    args.device = device
+    init_process_group(args)
+    options = {name: value for name, value in vars(args).items() if name not in NODE_OPTIONS}
+    check_ranks_agree(args, {f"--{name.replace('_', '-')}": value for name, value in options.items()})
     args.batch_size //= ngpus_per_node
     args.workers = math.ceil(args.workers / ngpus_per_node)
     if ngpus_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # else the processes compete for the cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ngpus_per_node))
-    device = pick_device(gpu, args)
-    args.device = device
-    init_process_group(args)
 
     set_seed(args, epoch=-1)
     say(args, f"=> {'using pre-trained' if args.pretrained else 'creating'} model '{args.arch}'")
@@ -248,8 +282,12 @@ def main_worker(gpu, ngpus_per_node, args):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
     checkpoint = {"epoch": 0, "best_acc1": 0.0}
-    if args.resume:
+    if args.resume and os.path.isfile(args.resume):
         checkpoint = load_checkpoint(args, model, optimizer, scheduler)
+    elif args.resume and args.evaluate:
+        fail(f"--resume {args.resume}: no checkpoint found there")
+    elif args.resume:
+        say(args, f"=> no checkpoint found at '{args.resume}': training starts from the beginning")
     first_epoch = checkpoint["epoch"] if args.start_epoch is None else args.start_epoch
     best_acc1 = checkpoint["best_acc1"]
 
@@ -265,13 +303,19 @@ def main_worker(gpu, ngpus_per_node, args):
         }
 
     say(args, f"=> decoding JPEGs with {'Pillow' if args.decode == 'pil' else jpeg_decoder()[0]}")
+    check_image_size(model, args)
     run = Run(args, state)
     make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]
     val_loader = DeviceLoader(make_val_loader(args), run)
-    train_loader = None if args.evaluate else TrainLoader(make_train_loader(args), run, checkpoint)
+    train_loader = None if args.evaluate else DeviceLoader(make_train_loader(args), run, checkpoint)
     if args.evaluate:
         validate(val_loader, model, criterion, args)
         return
+    start = {"checkpoint found": "arch" in checkpoint, "position": checkpoint.get("position"), "epoch": first_epoch}
+    check_ranks_agree(args, {**start, "number of batches": len(train_loader)})
+    check_writable(args)
+    if first_epoch >= args.epochs:
+        say(args, f"=> all {args.epochs} epochs are done; to continue, increase --epochs")
     for epoch in range(first_epoch, args.epochs):
         set_seed(args, epoch)
         train_loader.set_epoch(epoch)
@@ -287,6 +331,8 @@ def main_worker(gpu, ngpus_per_node, args):
 def pick_device(gpu, args):
     """The accelerator (CUDA, or whichever PyTorch finds) with index --gpu or gpu, else the CPU."""
     if args.no_accel or not torch.accelerator.is_available():
+        if args.gpu is not None and not args.no_accel:
+            say(args, f"=> --gpu {args.gpu}: this machine has no GPU")
         return torch.device("cpu")
     if args.distributed and torch.accelerator.current_accelerator().type == "mps":  # it has no collectives
         return torch.device("cpu")
@@ -294,6 +340,8 @@ def pick_device(gpu, args):
     index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else (gpu or 0) % count
     if not 0 <= index < count:
         fail(f"--gpu {index}: this machine has {count}, numbered from 0")
+    if 1 < count < args.ngpus_per_node:
+        fail(f"{args.ngpus_per_node} processes on this node, but it has {count} GPUs: start one process per GPU")
     if count > 1:
         torch.accelerator.set_device_index(index)
     return torch.device(torch.accelerator.current_accelerator().type, index)
@@ -302,11 +350,25 @@ def pick_device(gpu, args):
 def init_process_group(args):
     if not args.distributed:
         return
-    backend = "gloo" if args.dist_backend == "nccl" and args.device.type != "cuda" else args.dist_backend
+    backend = args.dist_backend
+    if backend == "nccl":
+        backend = dist.get_default_backend_for_device(args.device)  # e.g. gloo on a CPU
     try:
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
     except (RuntimeError, ValueError) as error:
-        fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet ({first_line(error)})")
+        fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet: {error}")
+
+
+def check_ranks_agree(args, values):
+    """DataError if one of the named values is not the same on all ranks, where training would wait forever."""
+    if not args.distributed:
+        return
+    by_rank = [None] * args.world_size
+    dist.all_gather_object(by_rank, values)
+    for name, first in by_rank[0].items():
+        for rank, others in enumerate(by_rank):
+            if others[name] != first:
+                fail(f"{name} is {first} on rank 0 but {others[name]} on rank {rank}; it must be the same")
 
 
 def set_seed(args, epoch):
@@ -320,7 +382,7 @@ def set_seed(args, epoch):
 def say(args, line):
     """Print a line on rank 0 only."""
     if args.rank == 0:
-        print(line, flush=True)
+        print_line(line)
 
 
 def make_model(args):
@@ -438,6 +500,7 @@ def train(train_loader, model, criterion, optimizer, epoch, device, args, first_
     progress = ProgressMeter(len(train_loader), [batch_time, data_time, losses, top1, top5], f"Epoch: [{epoch}]")
     model.train()
     end = time.time()
+    i = first_step - 1
     for i, (images, target) in enumerate(train_loader, first_step):
         data_time.update(time.time() - end)
         images = images.to(device, non_blocking=True, memory_format=args.memory_format)
@@ -461,6 +524,8 @@ def train(train_loader, model, criterion, optimizer, epoch, device, args, first_
         end = time.time()
         if i % args.print_freq == 0 and args.rank == 0:
             progress.display(i + 1)
+    if i + 1 != len(train_loader):
+        fail(f"the loader of the training set ended after {i + 1} of {len(train_loader)} batches")
 
 
 @torch.no_grad()
@@ -477,6 +542,7 @@ def validate(val_loader, model, criterion, args):
             dist.broadcast(buffer, 0)
     model.eval()
     end = time.time()
+    i = -1
     for i, (images, target) in enumerate(val_loader):
         images = images.to(args.device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(args.device, non_blocking=True)
@@ -491,32 +557,46 @@ def validate(val_loader, model, criterion, args):
         end = time.time()
         if i % args.print_freq == 0 and i + 1 < len(val_loader) and args.rank == 0:
             progress.display(i + 1)
+    if i + 1 != len(val_loader):
+        fail(f"the loader of the validation set ended after {i + 1} of {len(val_loader)} batches")
     if args.distributed:
         for meter in (losses, top1, top5):
             meter.all_reduce(args.device)
     if args.rank == 0:
         progress.display(len(val_loader))  # its averages are those over all ranks
-        print(f" * Acc@1 {top1.avg:.3f} Acc@5 {top5.avg:.3f}", flush=True)
+        print_line(f" * Acc@1 {top1.avg:.3f} Acc@5 {top5.avg:.3f}")
     return top1.avg
 
 
 # ---------------------------------------------------------------------------- checkpoints
 
 
+def check_writable(args):
+    """Report now, not after the first epoch, if no checkpoint can be written to the current folder."""
+    try:
+        if args.rank == 0:
+            tempfile.TemporaryFile(dir=".").close()
+    except OSError as error:
+        fail(f"{os.getcwd()}: can't write checkpoints there ({error.strerror}); run in another folder")
+
+
 def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     """Write the state. The previous file stays until the new one is complete and on disk."""
+    buffer = io.BytesIO()  # if the disk is full, torch.save() to a file would not say so
+    torch.save(state, buffer)
     # the best first: after a kill in between, the resumed run would not find that epoch better than itself
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
+        partial = f"{name}.{os.urandom(4).hex()}.partial"  # another run in this folder has other names
         try:
-            with open(f"{name}.partial", "wb") as file:
-                torch.save(state, file)
+            with open(partial, "wb") as file:
+                file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(f"{name}.partial", name)
-        except (OSError, RuntimeError) as error:
-            if os.path.exists(f"{name}.partial"):
-                os.unlink(f"{name}.partial")
-            fail(f"{os.getcwd()}: can't write {name} there ({first_line(error)})")
+            os.replace(partial, name)
+        except OSError as error:
+            if os.path.exists(partial):
+                os.unlink(partial)
+            fail(f"{os.getcwd()}: can't write {name} there ({error.strerror})")
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
@@ -543,7 +623,16 @@ def load_checkpoint(args, model, optimizer, scheduler):
         scheduler.load_state_dict(checkpoint["scheduler"])
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
-    say(args, f"=> loaded checkpoint '{args.resume}' (epoch {checkpoint['epoch']})")
+    where = f"epoch {checkpoint['epoch']}"
+    if "position" in checkpoint:
+        where += f", step {checkpoint['position']['step']}"
+    say(args, f"=> loaded checkpoint '{args.resume}' ({where})")
+    group = optimizer.param_groups[0]
+    options = {"lr": group.get("initial_lr", group["lr"]), "momentum": group["momentum"], "weight-decay": group["weight_decay"]}
+    given = {"lr": args.lr, "momentum": args.momentum, "weight-decay": args.weight_decay}
+    changed = [f"--{name} {value}, not {given[name]}" for name, value in options.items() if value != given[name]]
+    if changed:
+        say(args, f"=> the checkpoint's options are kept: {', '.join(changed)}")
     return checkpoint
 
 
@@ -590,7 +679,7 @@ class ProgressMeter:
     def display(self, batch):
         width = len(str(self.num_batches))
         line = [f"{self.prefix}[{batch:{width}}/{self.num_batches}]", *map(str, self.meters)]
-        print("\t".join(line), flush=True)
+        print_line("\t".join(line))
 
 
 @torch.no_grad()
@@ -617,15 +706,14 @@ def make_val_loader_wds(args):
 
 
 def make_loader_wds(args, split):
-    urls, lengths = find_shards(args, split)
+    urls, lengths, names = find_shards(args, split)
     transform = v2.Compose([DECODERS[args.decode], make_transform(args, split)])
     loader = shard_loader(
         urls, lengths, transform, args.batch_size, args.workers, args.rank, args.world_size, args.shuffle,
         args.seed or 0, train=split == "train", pin_memory=args.device.type == "cuda",
         reuse_memory=args.decode == "tensor",  # DeviceLoader makes floats of these bytes at once
     )  # fmt: skip
-    names = [sorted(name for name in file_names(url) if ".tar" in name) or [url] for url in urls]
-    loader.shards = [list(shard) for shard in zip(names, lengths, strict=True)]
+    loader.shards = list(zip(names, lengths, strict=True))
     return loader
 
 
@@ -752,70 +840,70 @@ PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote shard i
 
 
 def find_shards(args, split):
-    """(urls, lengths) of the shards of a split, "train" or "val", after checks of what the index says."""
+    """(urls, lengths, names) of the shards of a split, "train" or "val", after checks of what the index says."""
     patterns = {"train": args.trainshards, "val": args.valshards}
-    urls, lengths, classes = list_shards(args.shards, split, patterns[split])
+    urls, lengths, names, classes = list_shards(args.shards, split, patterns[split])
     for url in urls:
-        if is_local(url) and not os.path.exists(url.removeprefix("file:")):
-            fail(f"{url}: no such shard, though --{split}shards or the index names it")
-        if not is_local(url) and url.partition(":")[0] not in wds.gopen_schemes:
-            fail(f"{url}: webdataset can't open such URLs; use pipe: and a command")
+        if is_local(url) and not os.path.exists(url):
+            fail(f"{url}: no such shard, though the index names it")
     if not sum(lengths):
         fail(f"{patterns[split] or args.shards}: no samples in the {split} shards")
     if split == "train" and sum(lengths) < args.world_size:
         fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
-    if classes and len(classes) > NUM_CLASSES:
+    if len(classes) > NUM_CLASSES:
         fail(f"--shards {args.shards}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
     if split == "val" and not args.evaluate:
-        _, _, others = list_shards(args.shards, "train", patterns["train"])
+        *_, others = list_shards(args.shards, "train", patterns["train"])
         if classes and others and classes != others:
             differing = ", ".join(sorted(set(classes) ^ set(others))[:5]) or "their order"
             fail(f"training and validation shards have different classes: {differing}; write both in one run")
     number = f", {len(classes)} classes" if classes else ""
     say(args, f"=> {split}: {sum(lengths)} images in {len(urls)} shards{number}")
-    return urls, lengths
+    return urls, lengths, names
 
 
 def list_shards(folder, split, pattern=None):
-    """(urls, lengths, classes or None) of a split's shards, by the index in a folder or at a URL.
+    """(urls, lengths, names, classes) of a split's shards, by the index in a folder or at a URL.
 
     The shards are beside the index, or where a pattern says; then an index beside them goes before the folder's.
     """
     folder = folder.rstrip("/")
     if not pattern:
-        entry = (read_index(folder) or {}).get(INDEX_NAMES[split])
+        entry = read_index(folder).get(INDEX_NAMES[split])
         if not entry:
             fail(f"--shards {folder}: no {INDEX} there that names {split} shards; write them with makeshards.py")
-        return [f"{folder}/{name}" for name in entry["filenames"]], entry["shard_lengths"], entry["classes"]
+        names = entry["filenames"]
+        return [f"{folder}/{name}" for name in names], entry["shard_lengths"], names, entry["classes"]
     urls = expand(pattern)
-    has_folder = is_local(urls[0]) or urls[0].startswith("http")
-    index = (has_folder and read_index(os.path.dirname(urls[0]) or ".")) or read_index(folder)
+    index = {}
+    if is_local(urls[0]) or urls[0].startswith("http"):
+        index = read_index(os.path.dirname(urls[0]) or ".")
+    index = index or read_index(folder)
     if not index:
         fail(f"{pattern}: no {INDEX} beside the shards or in --shards {folder}; write it with makeshards.py --index")
-    entries = list(index.values())
-    if INDEX_NAMES[split] in index:
-        entries.append(index[INDEX_NAMES[split]])  # once more: its names go before those of another split
-    known = {}
-    for entry in entries:
-        for name, length in zip(entry["filenames"], entry["shard_lengths"], strict=True):
-            known[os.path.basename(name)] = (length, entry["classes"])
-    found = []
+    own = index.pop(INDEX_NAMES[split], None)
+    lengths = {}
+    for entry in [*index.values(), own] if own else index.values():  # its names go before those of another split
+        classes = entry["classes"]
+        lengths.update(zip(map(os.path.basename, entry["filenames"]), entry["shard_lengths"], strict=True))
+    names = []
     for url in urls:
-        names = file_names(url) & known.keys()
-        if len(names) != 1:
-            fail(f"{url}: names {len(names)} shards of the index, not one; makeshards.py --index writes another")
-        found.append(known[names.pop()])
-    return urls, [length for length, _ in found], found[0][1]
+        found = file_names(url) & lengths.keys()
+        if len(found) != 1:
+            fail(f"{url}: names {len(found)} shards of the index, not one; makeshards.py --index writes another")
+        names += found
+    return urls, [lengths[name] for name in names], names, classes
 
 
 def read_index(folder):
-    """{split: its entry in the index} of a folder or URL; None if there is no index. DataError if it can't be right."""
+    """{split: its entry in the index} of a folder or URL; {} if there is no index. DataError if it can't be right."""
     try:
         with wds.gopen(f"{folder}/{INDEX}") as stream:
-            index = json.loads(stream.read())
+            data = stream.read()
+        index = json.loads(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)
         for entry in index["splits"].values():
             names, lengths = entry["filenames"], entry["shard_lengths"]
-            entry.setdefault("classes", index.get("classes"))
+            entry["classes"] = entry.get("classes") or index.get("classes") or []
             for name in names:
                 if name.startswith("/") or ":" in name or ".." in name.split("/"):  # it could run a command
                     raise ValueError(f"{name} is not below it")
@@ -826,23 +914,25 @@ def read_index(folder):
         return index["splits"]
     except Exception as error:  # of any type, if it is another kind of file
         if isinstance(error, FileNotFoundError) or getattr(error, "code", None) in (403, 404):
-            return None
+            return {}
         what = f"{type(error).__name__}: {reason(error)}"
         fail(f"{folder}/{INDEX}: not an index of shards that can be read ({what}); makeshards.py --index writes one")
 
 
 def expand(pattern):
-    """The paths and URLs of a pattern: braces and, in paths, globs are expanded."""
+    """The paths, URLs and commands of a pattern: braces are expanded and, in paths, globs."""
     try:
         urls = expand_urls(pattern)
     except (ValueError, AssertionError) as error:  # unbalanced braces, unknown variables
         fail(f"{pattern}: {first_line(error)}")
     found = []
     for url in urls:
-        if is_local(url) and glob.has_magic(url) and not os.path.exists(url):
+        if is_local(url) and not os.path.exists(url):
             found += sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
-        else:
+        elif is_local(url) or url.partition(":")[0] in wds.gopen_schemes:
             found.append(url)
+        else:
+            fail(f"{url}: webdataset can't open such URLs; use pipe: and a command")
     return found
 
 
@@ -852,7 +942,7 @@ def file_names(url):
 
 
 def is_local(url):
-    return url.startswith("file:") or not ("://" in url or url.startswith("pipe:"))
+    return not ("://" in url or url.startswith("pipe:"))
 
 
 def read_shards(pieces, urls, lengths):
@@ -871,15 +961,14 @@ def read_shard(url, length, first, last):
     while True:
         count = 0
         try:
-            with contextlib.closing(read_tar(url)) as samples:
-                for sample in samples:
-                    count += 1
-                    if done < count <= last:
-                        yield sample
-                        done = count
-                        pauses = iter(PAUSES)
-                    if count == last < length:  # another worker reads the rest
-                        return
+            for sample in read_tar(url):
+                count += 1
+                if done < count <= last:
+                    yield sample
+                    done = count
+                    pauses = iter(PAUSES)
+                if count == last < length:  # another worker reads the rest
+                    return
             if count == length:
                 return
             problem = f"{count} samples, but {length} by its index"
@@ -891,7 +980,7 @@ def read_shard(url, length, first, last):
         pause = next(pauses, None)
         if is_local(url) or not temporary or pause is None:
             fail(f"{url}: {problem}")
-        sys.stderr.write(f"{url}: {problem}; reading it again in {pause} s\n")
+        print_line(f"{url}: {problem}; reading it again in {pause} s", sys.stderr)
         time.sleep(pause)
 
 
@@ -923,11 +1012,9 @@ def reason(error):
 
 def open_http(url, mode="rb", bufsize=None):
     """For wds.gopen(), instead of its curl: a silent server is an error, and the status of a failure is known."""
-    try:
-        return urllib.request.urlopen(url, timeout=TIMEOUT)
-    except HTTPError as error:
-        error.close()  # its connection: webdataset keeps the error until garbage is collected
-        raise
+    if "@" in url.split("/")[2]:
+        raise ValueError("a user name or password in a URL; use pipe:curl with --netrc instead")
+    return urllib.request.urlopen(url, timeout=TIMEOUT)
 
 
 wds.gopen_schemes.update(http=open_http, https=open_http)
@@ -1087,12 +1174,16 @@ class Run:
             what = "the last checkpoint is that of the last whole epoch"
             if self.position:
                 what = f"--resume checkpoint.pth.tar continues (epoch {self.epoch}, step {self.position['step']})"
-            name = signal.Signals(number).name
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: stopped by {name}; {what}\n")
+            print_error(f"stopped by {signal.Signals(number).name}; {what}")
         if self.group:
             dist.barrier(self.group)  # until rank 0 has written it
             dist.destroy_process_group()
         sys.exit(128 + number)
+
+    def end_step(self, step):
+        self.position["step"] = step
+        if self.args.checkpoint_steps and step % self.args.checkpoint_steps == 0:
+            self.save()
 
     def save(self):
         if self.position and self.args.rank == 0:
@@ -1100,36 +1191,61 @@ class Run:
 
 
 class DeviceLoader:
-    """A loader's batches on the device, between which a signal stops the run."""
+    """A loader's batches on the device. A signal stops the run between two of them, and training notes its position."""
 
-    def __init__(self, loader, run):
+    def __init__(self, loader, run, checkpoint=None):
         self.loader = loader
         self.run = run
         self.args = run.args
-        self.mean, self.std = (255 * torch.tensor(x, device=run.args.device).view(1, 3, 1, 1) for x in (MEAN, STD))
+        self.mean = 255 * torch.tensor(MEAN, device=run.args.device).view(1, 3, 1, 1)
+        self.std = 255 * torch.tensor(STD, device=run.args.device).view(1, 3, 1, 1)
+        self.first_step = 0
+        self.resumed = {}  # {epoch: its first step}
+        self.order = None  # of training shards: what decides the order of the batches besides the epoch
         loader.worker_init_fn = functools.partial(init_worker, run.workers_end)
+        resumed = checkpoint and "position" in checkpoint and self.args.start_epoch is None
+        if not isinstance(loader.dataset, ShardPipeline):
+            if resumed:
+                say(self.args, f"=> epoch {checkpoint['epoch']} is trained again from its first step")
+            return
+        if not checkpoint:
+            return
+        names = ("world_size", "workers", "batch_size", "shuffle")
+        self.order = {"shards": loader.shards, **{name: getattr(self.args, name) for name in names}}
+        self.order["seed"] = self.args.seed or 0
+        if resumed:
+            check_order(self.args, checkpoint["position"], self.order, checkpoint["epoch"])
+            self.resumed = {checkpoint["epoch"]: checkpoint["position"]["step"]}
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # if that epoch has no steps left
 
     def __len__(self):
         return len(self.loader)
 
-    def __iter__(self):
-        return self.steps(0)
+    def set_epoch(self, epoch):
+        self.run.epoch = epoch
+        self.first_step = self.resumed.get(epoch, 0)
+        if self.order:
+            self.loader.dataset.set_epoch(epoch, self.first_step)
+            self.run.position = {"step": self.first_step, **self.order}
+        elif self.args.distributed:
+            self.loader.sampler.set_epoch(epoch)
 
-    def steps(self, first):
-        """The batches from this step on: images float32 (B, 3, S, S), normalized; target int64 (B)."""
+    def __iter__(self):
+        """The batches from first_step on: images float32 (B, 3, S, S), normalized; target int64 (B)."""
+        count = len(self)
+        common = -self.run.over_ranks(-count)  # validation's number of batches may differ by one between ranks
+        self.run.stop_if_asked()
+        if 0 < self.first_step == count:  # only validation is left; the loader would read all shards for nothing
+            return
         try:
-            batches = iter(self.loader)
-            count = len(self)
-            for step in range(first, self.run.over_ranks(count)):  # validation's number of batches differs by rank
-                if step % self.args.print_freq == 0 or not self.args.distributed:  # not every step: all_reduce is slow
-                    self.run.stop_if_asked()
-                if step < count:
-                    batch = next(batches, None)
-                    if batch is None:
-                        fail(f"the loader ended after {step} of {count} batches: its workers have lost some")
-                    yield self.to_device(*batch)
-            if next(batches, None):  # reads the shards to their ends
-                fail(f"the loader has more than {count} batches")
+            for step, batch in enumerate(self.loader, self.first_step + 1):
+                if self.order:
+                    set_seed(self.args, f"{self.run.epoch} {step}")
+                yield self.to_device(*batch)
+                if self.order:
+                    self.run.end_step(step)
+                if step < common and (step % self.args.print_freq == 0 or not self.args.distributed):
+                    self.run.stop_if_asked()  # among several ranks not at each step: it takes an all_reduce
         except Exception:
             self.run.workers_end.fill_(True)  # other workers may be waiting for a server
             raise
@@ -1144,52 +1260,31 @@ class DeviceLoader:
         return images, target
 
 
-class TrainLoader(DeviceLoader):
-    """The same for training: it keeps the position of the run, and begins where a checkpoint says."""
-
-    def __init__(self, loader, run, checkpoint):
-        super().__init__(loader, run)
-        self.resumed = {}  # {epoch: its first step}
-        self.first_step = 0
-        self.order = None  # what decides the order of the batches besides the epoch; None for folders
-        if isinstance(loader.dataset, ShardPipeline):
-            names = ("world_size", "workers", "batch_size", "shuffle")
-            self.order = {"shards": loader.shards, **{name: getattr(self.args, name) for name in names}}
-            self.order["seed"] = self.args.seed or 0
-        if self.order and "position" in checkpoint and self.args.start_epoch is None:
-            check_order(self.args, checkpoint["position"], self.order, checkpoint["epoch"])
-            self.resumed = {checkpoint["epoch"]: checkpoint["position"]["step"]}
-            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # if that epoch has no steps left
-
-    def set_epoch(self, epoch):
-        self.run.epoch = epoch
-        self.first_step = self.resumed.get(epoch, 0)
-        if self.order:
-            self.loader.dataset.set_epoch(epoch, self.first_step)
-            self.run.position = {"step": self.first_step, **self.order}
-        elif self.args.distributed:
-            self.loader.sampler.set_epoch(epoch)
-
-    def __iter__(self):
-        if self.first_step == len(self):  # only validation is left; this would read all shards for nothing
-            return
-        for step, batch in enumerate(self.steps(self.first_step), self.first_step + 1):
-            if self.order:
-                set_seed(self.args, f"{self.run.epoch} {step}")
-            yield batch
-            if self.order:
-                self.run.position["step"] = step
-                if self.args.checkpoint_steps and step % self.args.checkpoint_steps == 0:
-                    self.run.save()
-
-
 def check_order(args, then, now, epoch):
     """DataError if the rest of the epoch would not be the samples that are left."""
     for name, value in now.items():
-        if then.get(name) != value:
-            what = "other shards" if name == "shards" else f"{name} {then.get(name)}, not {value}"
-            way_out = f"samples would be lost or come twice: give the same, or restart it with --start-epoch {epoch}"
-            fail(f"--resume {args.resume}: it stopped within an epoch, with {what}; {way_out}")
+        before = then.get(name)
+        if before == value:
+            continue
+        if name in ("workers", "batch_size"):  # of a process; the options are for all those of the node
+            value *= args.ngpus_per_node
+            before *= args.ngpus_per_node
+        what = "other shards" if name == "shards" else f"--{name.replace('_', '-')} {before}, not {value}"
+        if name == "world_size":
+            what = f"{before} ranks, not {value}"
+        way_out = f"samples would be lost or come twice: give the same, or restart it with --start-epoch {epoch}"
+        fail(f"--resume {args.resume}: it stopped within an epoch, with {what}; {way_out}")
+
+
+def check_image_size(model, args):
+    """DataError if the model can't take images of --image-size; all of torchvision's take 224 pixels."""
+    if args.image_size == 224:
+        return
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, args.image_size, args.image_size, device=args.device))
+    except Exception as error:  # of any type, by the model
+        fail(f"--arch {args.arch}: it does not take --image-size {args.image_size} ({first_line(error)})")
 
 
 def init_worker(workers_end, _):

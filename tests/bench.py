@@ -236,7 +236,7 @@ def make_loader(args, images):
     main_wds = script()
     with contextlib.redirect_stdout(None):  # what it says about the dataset
         if args.dataset == "wds":
-            urls, lengths = fit_epoch(*main_wds.find_shards(args, "train"), images)
+            urls, lengths = fit_epoch(*main_wds.find_shards(args, "train")[:2], images)
             options = {"pin_memory": args.device.type == "cuda", "reuse_memory": args.decode == "tensor"}
             options["shuffle"] = args.shuffle
             return shard_loader(args, urls, lengths, **options), urls

@@ -62,7 +62,7 @@ def make_plan(args):
     main_wds, plan = script(), {**vars(args), "urls": [], "lengths": [], "samples": []}
     try:
         files = datasets.ImageFolder(os.path.join(args.data, "train")).samples
-        urls, lengths, _ = main_wds.list_shards(args.shards, "train")
+        urls, lengths, *_ = main_wds.list_shards(args.shards, "train")
     except (OSError, main_wds.DataError) as error:
         fail(main_wds.first_line(error))
     by_key = {os.path.splitext(os.path.basename(file[0]))[0].replace(".", "_"): file for file in files}  # --filekey

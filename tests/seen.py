@@ -62,7 +62,7 @@ def see(args):
     run = main_wds.Run(args, state=None)
     make_train_loader, make_val_loader = main_wds.LOADERS["wds"]
     val_loader = main_wds.DeviceLoader(make_val_loader(args), run)
-    train_loader = main_wds.TrainLoader(make_train_loader(args), run, {"epoch": 0})
+    train_loader = main_wds.DeviceLoader(make_train_loader(args), run, {"epoch": 0})
     seen = {"len": {"train": len(train_loader), "val": len(val_loader)}, "train": [], "val": []}
     for epoch in range(args.start_epoch or 0, args.epochs):
         main_wds.set_seed(args, epoch)

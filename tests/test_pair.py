@@ -51,7 +51,7 @@ def test_the_loop_differs_in_the_loaders_only():
         "run = Run(args, state)",
         'make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]',
         "val_loader = DeviceLoader(make_val_loader(args), run)",
-        "train_loader = None if args.evaluate else TrainLoader(make_train_loader(args), run, checkpoint)",
+        "train_loader = None if args.evaluate else DeviceLoader(make_train_loader(args), run, checkpoint)",
         "if args.distributed:",
         "train_loader.sampler.set_epoch(epoch)",
         "train(train_loader, model, criterion, optimizer, epoch, device, args)",

@@ -99,20 +99,15 @@ def note_samples(main_wds):
 
     The steps take longer, those of validation too, so that a signal comes at the one at which it was meant to come.
     """
-    batches, of_validation = main_wds.TrainLoader.__iter__, main_wds.DeviceLoader.__iter__
+    batches = main_wds.DeviceLoader.__iter__
     shard_loader = main_wds.shard_loader
 
     def noted(self):
-        with open(f"seen{self.args.rank}", "a", buffering=1) as file:
+        with open(f"seen{self.args.rank}" if self.order else os.devnull, "a", buffering=1) as file:
             for images, target in batches(self):
                 print(*target.tolist(), file=file)
                 time.sleep(0.04)
                 yield images, target
-
-    def slowly(self):
-        for batch in of_validation(self):
-            time.sleep(0.04)
-            yield batch
 
     def counted(transform, data):
         os.write(decoded, b".")
@@ -123,8 +118,7 @@ def note_samples(main_wds):
         return shard_loader(urls, lengths, transform, *args, train=train, **options)
 
     decoded = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    main_wds.TrainLoader.__iter__ = noted
-    main_wds.DeviceLoader.__iter__ = slowly
+    main_wds.DeviceLoader.__iter__ = noted
     main_wds.shard_loader = counting
 
 
@@ -403,8 +397,9 @@ def test_on_disk_before_it_counts(script, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append((a, b)), replace(a, b)))
     monkeypatch.chdir(tmp_path)
     load(script).save_checkpoint({"epoch": 1}, is_best=True)
-    steps = [[str(tmp_path / f"{name}.partial"), (f"{name}.partial", name)] for name in reversed(NAMES)]
-    assert calls == [*steps[0], *steps[1]]  # the best first: else one that validation finds again would not be better
+    partial = [call[0] for call in calls[1::2]]
+    assert calls[::2] == [str(tmp_path / name) for name in partial]
+    assert [call[1] for call in calls[1::2]] == list(reversed(NAMES))  # else a best one that is found again is none
     assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
 
 
@@ -560,16 +555,17 @@ def test_a_signal_during_validation(ranks, start, shards, unbroken, tmp_path):
 
 
 def test_a_signal_while_validation_starts(start, shards, unbroken, tmp_path):
-    """It comes soon after the last training step, while the four workers of the validation loader are forked."""
+    """Twenty times soon after the last training step, while the four workers of the validation loader are forked."""
     args = [*WDS, "-j", 4, "--epochs", 1]
-    for i in range(8):
+    for i in range(20):
         cwd = tmp_path / str(i)
         run = start(*args, "--shards", shards, cwd=cwd, note=True).until(rf"^Epoch: \[0\]\[{STEPS}/")
-        time.sleep(0.3 * i / 7)
+        time.sleep(0.3 * i / 19)
         assert stopped(run.kill(signal.SIGTERM), signal.SIGTERM) == (0, STEPS)
-        start(*args, "--shards", shards, *RESUME, cwd=cwd, note=True).finish()
-        assert lines(cwd) == lines(unbroken(1, *args))
-        assert end_alike(cwd, unbroken(1, *args))
+        assert same(checkpoint(cwd), checkpoint(tmp_path / "0"))
+    start(*args, "--shards", shards, *RESUME, cwd=cwd, note=True).finish()
+    assert lines(cwd) == lines(unbroken(1, *args))
+    assert end_alike(cwd, unbroken(1, *args))
 
 
 @pytest.mark.parametrize("moment", ["^Epoch", r"^Test: \[ *1/"])
@@ -688,12 +684,12 @@ def stopped_at(server, shards, tmp_path_factory):
 
 
 OTHER = {
-    "workers": (["-j", 3], "workers 2, not 3"),
-    "no workers": (["-j", 0], "workers 2, not 0"),
-    "batch": (["-b", 5], "batch_size 4, not 5"),
-    "ranks": (["-b", 8, "-j", 4], "world_size 1, not 2"),
-    "shuffle": (["--shuffle", 7], "shuffle 1000, not 7"),
-    "seed": (["--seed", 2], "seed 1, not 2"),
+    "workers": (["-j", 3], "with --workers 2, not 3; "),
+    "no workers": (["-j", 0], "with --workers 2, not 0; "),
+    "batch": (["-b", 5], "with --batch-size 4, not 5; "),
+    "ranks": (["-b", 8, "-j", 4], "with 1 ranks, not 2; "),
+    "shuffle": (["--shuffle", 7], "with --shuffle 1000, not 7; "),
+    "seed": (["--seed", 2], "with --seed 1, not 2; "),
     "fewer shards": ([], "with other shards"),
     "samples": ([], "with other shards"),
     "lengths": ([], "with other shards"),  # as many shards and samples, but divided in another way
@@ -736,12 +732,13 @@ def test_start_epoch_begins_it_anew(start, shards, stopped_at, tmp_path):
 
 @pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
 def test_folders_begin_the_epoch_anew(script, start, folders, stopped_at, tmp_path):
-    """A checkpoint of mid-epoch is one of the epoch's beginning to those who know of no other."""
-    folder, _ = stopped_at
+    """A checkpoint of mid-epoch is one of the epoch's beginning to those who know of no other; they say so."""
+    folder, step = stopped_at
     args = ["-a", "shufflenet_v2_x0_5", "-b", 8, "-j", 1, "--epochs", 2, "-p", 1, "--no-accel"]
     args += ["--resume", folder / "checkpoint.pth.tar"]
     args += [folders] if script == "main-orig.py" else ["--dataset", "orig", "--data", folders]
     out, _ = start(*args, script=script).finish()
+    assert f"(epoch 1, step {step})\n" in out and "=> epoch 1 is trained again from its first step\n" in out
     assert re.findall(r"^Epoch: \[(\d)\]\[(\d/\d)\]", out, re.M) == [("1", f"{i}/4") for i in range(1, 5)]
     assert checkpoint(tmp_path)["epoch"] == 2
 
@@ -789,7 +786,7 @@ def test_a_rank_on_another_node_is_killed(script, start, folders, shards, tmp_pa
     runs[0].until("^Epoch", count=2)
     runs[1].kill(signal.SIGKILL)
     _, (line,) = runs[0].finish(status=2, lines=1)
-    assert line.startswith(f"{script}: rank 0 lost another rank, which tells why, or was killed (")
+    assert line.startswith(f"{script}: rank 0 lost the connection to another rank, which failed or was killed (")
     assert runs[1].wait(20) == -signal.SIGKILL
 
 
