@@ -199,6 +199,10 @@ def wds_error(*args):
     return lambda folder: error_of("main-wds.py", *FAST.split(), "--image-size", 32, *args, cwd=folder)
 
 
+def wds_output(*args):
+    return lambda folder: run("main-wds.py", *FAST.split(), "--image-size", 32, *args, cwd=folder)[0]
+
+
 def after(change, then):
     """Spoil something in the folder, and then make the mistake."""
 
@@ -327,6 +331,8 @@ MISTAKES = {
     "reading it again in 1 s": stumble,
     "not a single-output classifier of torchvision; try …": wds_error("-a", "resnet5"),
     ": it holds a …; add --arch …": after(lambda folder: checkpoint(folder, arch="resnet18"), wds_error(*RESUME)),
+    "the checkpoint's options are kept: …": after(checkpoint, wds_output(*RESUME, "--lr", 1)),
+    "no checkpoint found at …": wds_output("--resume", "none", "--epochs", 0),
     "no checkpoint of this script": wds_error("--resume", "data/.sample"),
     "it stopped within an epoch, with …": after(
         lambda folder: checkpoint(folder, position=POSITION), wds_error(*RESUME, "-j", 1)
@@ -338,7 +344,15 @@ MISTAKES = {
     "the ranks can't meet": wds_error(*TWO_RANKS, "pigeon://here"),
     "This DataLoader will create 4 worker processes": warning,
 }
-SHOWN_ELSEWHERE = {"lost another rank, which tells why, or was killed": "test_resume.py"}
+SHOWN_ELSEWHERE = {
+    "lost the connection to another rank, which failed or was killed": "test_resume.py",
+    "; it must be the same": "test_machines.py",
+    "/dev/shm is full": "test_machines.py",
+    "if the system killed it for lack of memory": "test_machines.py",
+    "too long for the workers' sockets": "test_machines.py",
+    "can't write checkpoints there": "test_machines.py",
+    "it does not take --image-size": "test_machines.py",
+}
 
 
 @pytest.fixture
