@@ -42,7 +42,6 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels: red, green, blue, from 0 t
 STD = (0.229, 0.224, 0.225)
 TRAIN_SIZE, VAL_SIZE = 1_281_167, 50_000  # of ImageNet, for --dummy
 NUM_CLASSES = 1000  # outputs of torchvision's classifiers; a dataset may use fewer
-NODE_OPTIONS = "rank gpu device data shards trainshards valshards workers resume ngpus_per_node dist_url".split()
 ARCHS_URL = "https://pytorch.org/vision/stable/models.html"
 ARCHS = [name for name in models.list_models(module=models) if name not in ("googlenet", "inception_v3")]
 
@@ -211,7 +210,8 @@ def run_worker(gpu, ngpus_per_node, args):
             raise
         if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
             time.sleep(5)  # let the other rank print its reason first
-            fail(f"rank {args.rank} lost the connection to another rank, which failed or was killed ({first_line(error)})")
+            reason = f"which failed or was killed ({first_line(error)})"
+            fail(f"rank {args.rank} lost the connection to another rank, {reason}")
         fail(f"rank {args.rank}: {text}")
 
 
@@ -229,8 +229,7 @@ def main_worker(gpu, ngpus_per_node, args):
     device = pick_device(gpu, args)
     args.device = device
     init_process_group(args)
-    options = {name: value for name, value in vars(args).items() if name not in NODE_OPTIONS}
-    check_ranks_agree(args, {f"--{name.replace('_', '-')}": value for name, value in options.items()})
+    check_ranks_agree(args, shared_options(args))
     args.batch_size //= ngpus_per_node
     args.workers = math.ceil(args.workers / ngpus_per_node)
     if ngpus_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # else the processes compete for the cores
@@ -326,6 +325,14 @@ def init_process_group(args):
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
     except (RuntimeError, ValueError) as error:
         fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet: {error}")
+
+
+def shared_options(args):
+    """{option: value} of those that must be the same on all nodes."""
+    of_a_node = {"data", "shards", "trainshards", "valshards", "resume", "workers", "dist_url", "ngpus_per_node"}
+    of_a_rank = {"rank", "gpu", "device"}
+    shared = vars(args).keys() - of_a_node - of_a_rank
+    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(shared)}
 
 
 def check_ranks_agree(args, values):
@@ -577,6 +584,7 @@ def load_checkpoint(args, model, optimizer, scheduler):
         fail(f"--resume {args.resume}: no checkpoint of this script ({reason})")
     if checkpoint["arch"] != args.arch:
         fail(f"--resume {args.resume}: it holds a {checkpoint['arch']}; add --arch {checkpoint['arch']}")
+    given = optimizer.param_groups[0]
     try:
         model.load_state_dict(weights)
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -588,11 +596,12 @@ def load_checkpoint(args, model, optimizer, scheduler):
         where += f", step {checkpoint['position']['step']}"
     say(args, f"=> loaded checkpoint '{args.resume}' ({where})")
     group = optimizer.param_groups[0]
-    options = {"lr": group.get("initial_lr", group["lr"]), "momentum": group["momentum"], "weight-decay": group["weight_decay"]}
-    given = {"lr": args.lr, "momentum": args.momentum, "weight-decay": args.weight_decay}
-    changed = [f"--{name} {value}, not {given[name]}" for name, value in options.items() if value != given[name]]
-    if changed:
-        say(args, f"=> the checkpoint's options are kept: {', '.join(changed)}")
+    kept = []
+    for option, name in (("--lr", "initial_lr"), ("--momentum", "momentum"), ("--wd", "weight_decay")):
+        if group.get(name) != given[name]:
+            kept.append(f"{option} {group.get(name)}, not {given[name]}")
+    if kept:
+        say(args, f"=> the checkpoint's options are kept: {', '.join(kept)}")
     return checkpoint
 
 

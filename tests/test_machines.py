@@ -21,7 +21,7 @@ SCRIPTS = ["main-orig.py", "main-wds.py"]
 FAST = ["-a", "shufflenet_v2_x0_5", "-b", "8", "-j", "1", "-p", "1", "--epochs", "1", "--no-accel"]
 
 
-def command(script, folders, shards):  # noqa: F811
+def command(script, folders, shards):
     """The arguments with which a script trains an epoch of four steps, or of ten."""
     if script == "main-orig.py":
         return [*FAST, folders]
@@ -35,7 +35,7 @@ each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 @each_script
-def test_a_long_tmpdir(script, folders, shards, tmp_path):  # noqa: F811
+def test_a_long_tmpdir(script, folders, shards, tmp_path):
     """PyTorch's workers can't send batches then; training would end after no step, with status 0."""
     long = tmp_path / ("x" * 90)
     long.mkdir()
@@ -69,7 +69,7 @@ def test_a_loader_that_ends_early(script, batches):
 
 
 @each_script
-def test_options_that_the_checkpoint_overrides(script, start, folders, shards):  # noqa: F811
+def test_options_that_the_checkpoint_overrides(script, start, folders, shards):
     """Reported in one line; and so is a run that has no epoch left."""
     args = command(script, folders, shards)
     start(*args, "--lr", 0.01, "--wd", 0.001, script=script).finish()
@@ -82,7 +82,7 @@ def test_options_that_the_checkpoint_overrides(script, start, folders, shards): 
 
 
 @each_script
-def test_a_missing_checkpoint(script, start, folders, shards):  # noqa: F811
+def test_a_missing_checkpoint(script, start, folders, shards):
     """It trains from the start, as job scripts rely on; but it doesn't evaluate a network that knows nothing."""
     args = [*command(script, folders, shards), "--resume", "none.tar"]
     out, _ = start(*args, script=script).finish()
@@ -105,7 +105,7 @@ def test_the_message_names_what_the_user_typed():
 
 @each_script
 @pytest.mark.parametrize("streams", [("stdout",), ("stderr",), ("stdout", "stderr")])
-def test_a_full_output(script, streams, folders, shards, tmp_path):  # noqa: F811
+def test_a_full_output(script, streams, folders, shards, tmp_path):
     """A log on a full disk costs neither the epoch nor the checkpoint nor the status."""
     args = [sys.executable, ROOT / script, *map(str, command(script, folders, shards))]
     with open("/dev/full", "w") as full, open(tmp_path / "log", "w") as log:
@@ -116,7 +116,7 @@ def test_a_full_output(script, streams, folders, shards, tmp_path):  # noqa: F81
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_closed_output(number, shards, tmp_path):  # noqa: F811
+def test_a_closed_output(number, shards, tmp_path):
     """`| tee` is gone after some lines, and then there is a signal: the checkpoint is that of the step in progress."""
     args = [sys.executable, ROOT / "main-wds.py", *map(str, WDS), "--epochs", "90", "--shards", shards]
     process = subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -171,7 +171,7 @@ def test_the_text_of_an_error(case, script, monkeypatch):
 def test_our_own_faults_keep_their_traceback(script, monkeypatch):
     module = load(script)
     monkeypatch.setattr(module, "main_worker", lambda *_: torch.zeros(2) @ torch.zeros(3))
-    with pytest.raises(RuntimeError, match="size|inconsistent"):
+    with pytest.raises(RuntimeError, match="size"):
         module.run_worker(None, 1, args_of_rank())
 
 
@@ -195,7 +195,7 @@ def test_more_processes_than_gpus(gpus, processes, fails, script, monkeypatch):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
 @each_script
-def test_a_gpu_where_there_is_none(script, start, folders, shards):  # noqa: F811
+def test_a_gpu_where_there_is_none(script, start, folders, shards):
     args = [arg for arg in command(script, folders, shards) if arg != "--no-accel"]
     out, _ = start(*args, "--gpu", 3, script=script).finish()
     assert "=> --gpu 3: this machine has no GPU\n" in out and len(summary(out)) == 1
@@ -214,7 +214,7 @@ def test_backend(device, backend, script, monkeypatch):
 
 
 @each_script
-def test_env_without_a_local_rank(script, start, folders, shards, tmp_path):  # noqa: F811
+def test_env_without_a_local_rank(script, start, folders, shards, tmp_path):
     """As PyTorchJob and a plain srun start processes: --dist-url env:// is honoured."""
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     args = [*command(script, folders, shards), "--dist-url", "env://"]
@@ -229,7 +229,7 @@ def test_env_without_a_local_rank(script, start, folders, shards, tmp_path):  # 
     assert line == f"{script}: --dist-url env://: RANK is not set in the environment; torchrun sets it"
 
 
-def nodes(start, script, tmp_path, *args_of_nodes):  # noqa: F811
+def nodes(start, script, tmp_path, *args_of_nodes):
     """One process on each node, as torchrun would start them: the lines with which they end, with status 2."""
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(args_of_nodes))}
     env |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -240,15 +240,18 @@ def nodes(start, script, tmp_path, *args_of_nodes):  # noqa: F811
 
 
 @each_script
-def test_nodes_that_disagree(script, start, folders, shards, tmp_path):  # noqa: F811
+def test_nodes_that_disagree(script, start, folders, shards, tmp_path):
     """They would wait for each other forever; what differs is named."""
     args = command(script, folders, shards)
     cases = [(["-b", 4], "--batch-size is 8 on rank 0 but 4"), (["--lr", 1], "--lr is 0.1 on rank 0 but 1.0")]
     for changed, expected in cases:
-        assert nodes(start, script, tmp_path, args, [*args, *changed]) == [f"{expected} on rank 1; it must be the same"] * 2
+        assert (
+            nodes(start, script, tmp_path, args, [*args, *changed])
+            == [f"{expected} on rank 1; it must be the same"] * 2
+        )
 
 
-def test_nodes_with_other_checkpoints_or_shards(start, shards, tmp_path):  # noqa: F811
+def test_nodes_with_other_checkpoints_or_shards(start, shards, tmp_path):
     """Only the first node has the checkpoint, as on disks of their own; or there are other shards on the second."""
     args = [*WDS, "--shards", shards]
     run = start(*args, "-b", 2, cwd=tmp_path / "0").until("^Epoch", count=3).kill(signal.SIGTERM)
@@ -266,7 +269,7 @@ def test_nodes_with_other_checkpoints_or_shards(start, shards, tmp_path):  # noq
 
 
 @each_script
-def test_a_folder_that_cannot_be_written(script, folders, shards):  # noqa: F811
+def test_a_folder_that_cannot_be_written(script, folders, shards):
     """Said before the first step."""
     out, err = run(script, *command(script, folders, shards), cwd="/proc", status=2)
     assert err.startswith(f"{script}: /proc: can't write checkpoints there") and err.count("\n") == 1
@@ -307,7 +310,7 @@ def test_two_runs_in_one_folder(script, tmp_path, monkeypatch):
     assert checkpoint(tmp_path)["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint.pth.tar"]
 
 
-def worker_of(run):  # noqa: F811
+def worker_of(run):
     """A data worker, which is a child of the training process."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
@@ -319,7 +322,7 @@ def worker_of(run):  # noqa: F811
 
 
 @each_script
-def test_a_worker_is_killed(script, start, folders, shards):  # noqa: F811
+def test_a_worker_is_killed(script, start, folders, shards):
     args = [*command(script, folders, shards), "--epochs", 90]
     run = start(*args, script=script).until("^Epoch", count=2)
     os.kill(worker_of(run), signal.SIGKILL)
@@ -333,7 +336,7 @@ def small_memory(*args):
 
 
 @each_script
-def test_shared_memory_is_full(script, folders, shards, tmp_path):  # noqa: F811
+def test_shared_memory_is_full(script, folders, shards, tmp_path):
     if not shutil.which("unshare") or subprocess.run(small_memory("true"), capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
     args = [arg for arg in command(script, folders, shards) if arg not in ("--image-size", 32)]
@@ -347,29 +350,27 @@ def test_shared_memory_is_full(script, folders, shards, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("arch, reason", [("vit_b_16", "Expected 224"), ("alexnet", "too small")])
-def test_an_image_size_that_does_not_fit(arch, reason, start, shards):  # noqa: F811
+def test_an_image_size_that_does_not_fit(arch, reason, start, shards):
     _, (line,) = start(*ARGS, "-a", arch, "--image-size", 16, "--shards", shards).finish(status=2, lines=1)
     assert line.startswith(f"main-wds.py: --arch {arch}: it does not take --image-size 16 (") and reason in line
 
 
-def test_a_password_is_never_printed(start, shards):  # noqa: F811
+def test_a_password_is_never_printed(start, shards):
     """Neither of a URL, which is refused, nor of one in a command."""
     url = "http://me:secret@127.0.0.1:9/imagenet-train-{000000..000003}.tar"
     _, (line,) = start(*WDS, "--shards", shards, "--trainshards", url).finish(status=2, lines=1)
     assert "http://127.0.0.1:9/_info.json: " in line and "pipe:curl with --netrc" in line and "secret" not in line
-    run = start(*WDS, "--shards", shards, "--trainshards", f"pipe:false {url}")  # noqa: F811
+    run = start(*WDS, "--shards", shards, "--trainshards", f"pipe:false {url}")
     while "reading it again" not in run.output():
         time.sleep(0.05)
     assert run.kill(signal.SIGKILL).wait(20) == -signal.SIGKILL
     assert "pipe:false http://127.0.0.1:9/" in run.output() and "secret" not in run.output()
 
 
-def test_a_gzip_encoded_index(start, tmp_path):  # noqa: F811
+def test_a_gzip_encoded_index(start, tmp_path):
     """As some servers send it."""
     folder = write_shards(tmp_path / "shards", {"train": [8], "validation": [4]})
     index = folder / "_info.json"
     index.write_bytes(gzip.compress(index.read_bytes()))
     out, _ = start(*WDS, "--epochs", 1, "--shards", folder).finish()
     assert "=> train: 8 images in 1 shards" in out and len(summary(out)) == 1
-
-

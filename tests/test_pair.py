@@ -47,7 +47,10 @@ def test_the_loop_differs_in_the_loaders_only():
     assert changed == [
         "val_loader = make_val_loader_orig(args)",
         "train_loader = None if args.evaluate else make_train_loader_orig(args)",
+        'if "position" in checkpoint and args.start_epoch is None:',
+        'say(args, f"=> epoch {first_epoch} is trained again from its first step")',
         "say(args, f\"=> decoding JPEGs with {'Pillow' if args.decode == 'pil' else jpeg_decoder()[0]}\")",
+        "check_image_size(model, args)",
         "run = Run(args, state)",
         'make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]',
         "val_loader = DeviceLoader(make_val_loader(args), run)",
