@@ -145,8 +145,11 @@ def first_line(error):
 def print_line(line, file=None):
     """Print, without the passwords of URLs. A terminal that was closed or a log on a full disk doesn't end training."""
     file = file or sys.stdout
+    if not file:  # it was closed before the start
+        return
     try:
-        print(re.sub(r"://[^/\s]*@", "://", line), file=file, flush=True)
+        file.write(re.sub(r"://[^/\s]*@", "://", line) + "\n")  # at once: other processes write there too
+        file.flush()
     except OSError:  # what follows is discarded; else Python's exit would fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 

@@ -345,7 +345,7 @@ MISTAKES = {
     "This DataLoader will create 4 worker processes": warning,
 }
 SHOWN_ELSEWHERE = {
-    "lost the connection to another rank, which failed or was killed": "test_resume.py",
+    "lost the connection to another rank": "test_resume.py",
     "; it must be the same": "test_machines.py",
     "/dev/shm is full": "test_machines.py",
     "if the system killed it for lack of memory": "test_machines.py",
