@@ -70,8 +70,13 @@ def parse_args():
     add("--pretrained", action="store_true", help="start from torchvision's pre-trained weights")
     add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
     add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
-    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where ranks meet (default: %(default)s)")
-    add("--dist-backend", default="nccl", metavar="NAME", help="without CUDA the device's own (default: %(default)s)")
+    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="rendezvous URL (default: %(default)s)")
+    add(
+        "--dist-backend",
+        default="nccl",
+        metavar="NAME",
+        help="backend; without CUDA the device's (default: %(default)s)",
+    )
     add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
@@ -112,20 +117,20 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def print_line(line, file=None):
-    """Print, without the passwords of URLs. A terminal that was closed or a log on a full disk doesn't end training."""
-    file = file or sys.stdout
+def print_line(line, error=False):
+    """Print without the passwords of URLs. Write errors (closed terminal, full disk) do not stop training."""
+    file = sys.stderr if error else sys.stdout
     if not file:  # it was closed before the start
         return
     try:
         file.write(re.sub(r"://[^/\s]*@", "://", line) + "\n")  # at once: other processes write there too
         file.flush()
-    except OSError:  # what follows is discarded; else Python's exit would fail too
+    except OSError:  # discard what follows; else Python would fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def print_error(message):
-    print_line(f"{os.path.basename(sys.argv[0])}: {message}", sys.stderr)
+    print_line(f"{os.path.basename(sys.argv[0])}: {message}", error=True)
 
 
 # ---------------------------------------------------------------------------- main
@@ -152,6 +157,8 @@ def main():
 def start(args):
     """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
     args.start_method = mp.get_start_method()
+    if sys.platform == "linux":  # Python 3.14's forkserver would pickle the dataset, and end with signals meant for us
+        args.start_method = "fork"
     torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
     if torchrun:
         args.dist_url = "env://"
@@ -196,19 +203,21 @@ def spawn(nprocs, args):
 
 
 def run_worker(gpu, ngpus_per_node, args):
-    """main_worker(), with a readable error where the connection to another rank fails, or a data worker."""
+    """main_worker(), with a readable error if the connection to another rank or a data worker fails."""
     try:
         main_worker(gpu, ngpus_per_node, args)
         if args.distributed:
             dist.destroy_process_group()
     except (ConnectionError, EOFError) as error:
-        fail(f"a data worker was killed ({first_line(error)})")
+        fail(
+            f"a data worker was killed ({first_line(error)}); if it ran out of memory, lower --workers or --batch-size"
+        )
     except RuntimeError as error:
         text = str(error)
         if "unable to allocate shared memory" in text or "No space left on device" in text or "Bus error" in text:
             fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
         if "DataLoader worker (pid" in text:
-            fail(f"{first_line(error)}; if the system killed it for lack of memory, lower --workers or --batch-size")
+            fail(f"{first_line(error)}; if it ran out of memory, lower --workers or --batch-size")
         if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
             raise
         if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
@@ -281,7 +290,8 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.evaluate:
         validate(val_loader, model, criterion, args)
         return
-    start = {"checkpoint found": "arch" in checkpoint, "position": checkpoint.get("position"), "epoch": first_epoch}
+    start = {"checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
+    start["step"] = checkpoint.get("position", {}).get("step", 0)
     check_ranks_agree(args, {**start, "number of batches": len(train_loader)})
     check_writable(args)
     if first_epoch >= args.epochs:
@@ -303,14 +313,14 @@ def pick_device(gpu, args):
     """The accelerator (CUDA, or whichever PyTorch finds) with index --gpu or gpu, else the CPU."""
     if args.no_accel or not torch.accelerator.is_available():
         if args.gpu is not None and not args.no_accel:
-            say(args, f"=> --gpu {args.gpu}: this machine has no GPU")
+            say(args, f"=> --gpu {args.gpu} is ignored: no GPU found")
         return torch.device("cpu")
     if args.distributed and torch.accelerator.current_accelerator().type == "mps":  # it has no collectives
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else (gpu or 0) % count
     if not 0 <= index < count:
-        fail(f"--gpu {index}: this machine has {count}, numbered from 0")
+        fail(f"--gpu {index}: this machine has {count} GPUs, numbered from 0")
     if 1 < count < args.ngpus_per_node:
         fail(f"{args.ngpus_per_node} processes on this node, but it has {count} GPUs: start one process per GPU")
     if count > 1:
@@ -322,9 +332,9 @@ def init_process_group(args):
     if not args.distributed:
         return
     backend = args.dist_backend
-    if backend == "nccl":
-        backend = dist.get_default_backend_for_device(args.device)  # e.g. gloo on a CPU
     try:
+        if backend == "nccl":
+            backend = dist.get_default_backend_for_device(args.device)  # e.g. gloo on a CPU
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
     except (RuntimeError, ValueError) as error:
         fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet: {error}")
@@ -332,14 +342,14 @@ def init_process_group(args):
 
 def shared_options(args):
     """{option: value} of those that must be the same on all nodes."""
-    of_a_node = {"data", "shards", "trainshards", "valshards", "resume", "workers", "dist_url", "ngpus_per_node"}
+    of_a_node = {"data", "shards", "trainshards", "valshards", "resume", "dist_url", "ngpus_per_node"}
     of_a_rank = {"rank", "gpu", "device"}
     shared = vars(args).keys() - of_a_node - of_a_rank
     return {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(shared)}
 
 
 def check_ranks_agree(args, values):
-    """DataError if one of the named values is not the same on all ranks, where training would wait forever."""
+    """Raise DataError if a value differs between ranks; training would hang otherwise."""
     if not args.distributed:
         return
     by_rank = [None] * args.world_size
@@ -495,7 +505,7 @@ def train(train_loader, model, criterion, optimizer, epoch, device, args, first_
         if i % args.print_freq == 0 and args.rank == 0:
             progress.display(i + 1)
     if i + 1 != len(train_loader):
-        fail(f"the loader of the training set ended after {i + 1} of {len(train_loader)} batches")
+        fail(f"the training loader ended after {i + 1} of {len(train_loader)} batches")
 
 
 @torch.no_grad()
@@ -528,7 +538,7 @@ def validate(val_loader, model, criterion, args):
         if i % args.print_freq == 0 and i + 1 < len(val_loader) and args.rank == 0:
             progress.display(i + 1)
     if i + 1 != len(val_loader):
-        fail(f"the loader of the validation set ended after {i + 1} of {len(val_loader)} batches")
+        fail(f"the validation loader ended after {i + 1} of {len(val_loader)} batches")
     if args.distributed:
         for meter in (losses, top1, top5):
             meter.all_reduce(args.device)

@@ -100,8 +100,13 @@ def parse_args():
     add("--pretrained", action="store_true", help="start from torchvision's pre-trained weights")
     add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
     add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
-    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="where ranks meet (default: %(default)s)")
-    add("--dist-backend", default="nccl", metavar="NAME", help="without CUDA the device's own (default: %(default)s)")
+    add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="rendezvous URL (default: %(default)s)")
+    add(
+        "--dist-backend",
+        default="nccl",
+        metavar="NAME",
+        help="backend; without CUDA the device's (default: %(default)s)",
+    )
     add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
@@ -142,20 +147,20 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def print_line(line, file=None):
-    """Print, without the passwords of URLs. A terminal that was closed or a log on a full disk doesn't end training."""
-    file = file or sys.stdout
+def print_line(line, error=False):
+    """Print without the passwords of URLs. Write errors (closed terminal, full disk) do not stop training."""
+    file = sys.stderr if error else sys.stdout
     if not file:  # it was closed before the start
         return
     try:
         file.write(re.sub(r"://[^/\s]*@", "://", line) + "\n")  # at once: other processes write there too
         file.flush()
-    except OSError:  # what follows is discarded; else Python's exit would fail too
+    except OSError:  # discard what follows; else Python would fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def print_error(message):
-    print_line(f"{os.path.basename(sys.argv[0])}: {message}", sys.stderr)
+    print_line(f"{os.path.basename(sys.argv[0])}: {message}", error=True)
 
 
 # ---------------------------------------------------------------------------- main
@@ -182,6 +187,8 @@ def main():
 def start(args):
     """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
     args.start_method = mp.get_start_method()
+    if sys.platform == "linux":  # Python 3.14's forkserver would pickle the dataset, and end with signals meant for us
+        args.start_method = "fork"
     torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
     if torchrun:
         args.dist_url = "env://"
@@ -226,19 +233,21 @@ def spawn(nprocs, args):
 
 
 def run_worker(gpu, ngpus_per_node, args):
-    """main_worker(), with a readable error where the connection to another rank fails, or a data worker."""
+    """main_worker(), with a readable error if the connection to another rank or a data worker fails."""
     try:
         main_worker(gpu, ngpus_per_node, args)
         if args.distributed:
             dist.destroy_process_group()
     except (ConnectionError, EOFError) as error:
-        fail(f"a data worker was killed ({first_line(error)})")
+        fail(
+            f"a data worker was killed ({first_line(error)}); if it ran out of memory, lower --workers or --batch-size"
+        )
     except RuntimeError as error:
         text = str(error)
         if "unable to allocate shared memory" in text or "No space left on device" in text or "Bus error" in text:
             fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
         if "DataLoader worker (pid" in text:
-            fail(f"{first_line(error)}; if the system killed it for lack of memory, lower --workers or --batch-size")
+            fail(f"{first_line(error)}; if it ran out of memory, lower --workers or --batch-size")
         if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
             raise
         if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
@@ -313,7 +322,8 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.evaluate:
         validate(val_loader, model, criterion, args)
         return
-    start = {"checkpoint found": "arch" in checkpoint, "position": checkpoint.get("position"), "epoch": first_epoch}
+    start = {"checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
+    start["step"] = checkpoint.get("position", {}).get("step", 0)
     check_ranks_agree(args, {**start, "number of batches": len(train_loader)})
     check_writable(args)
     if first_epoch >= args.epochs:
@@ -334,14 +344,14 @@ def pick_device(gpu, args):
     """The accelerator (CUDA, or whichever PyTorch finds) with index --gpu or gpu, else the CPU."""
     if args.no_accel or not torch.accelerator.is_available():
         if args.gpu is not None and not args.no_accel:
-            say(args, f"=> --gpu {args.gpu}: this machine has no GPU")
+            say(args, f"=> --gpu {args.gpu} is ignored: no GPU found")
         return torch.device("cpu")
     if args.distributed and torch.accelerator.current_accelerator().type == "mps":  # it has no collectives
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else (gpu or 0) % count
     if not 0 <= index < count:
-        fail(f"--gpu {index}: this machine has {count}, numbered from 0")
+        fail(f"--gpu {index}: this machine has {count} GPUs, numbered from 0")
     if 1 < count < args.ngpus_per_node:
         fail(f"{args.ngpus_per_node} processes on this node, but it has {count} GPUs: start one process per GPU")
     if count > 1:
@@ -353,9 +363,9 @@ def init_process_group(args):
     if not args.distributed:
         return
     backend = args.dist_backend
-    if backend == "nccl":
-        backend = dist.get_default_backend_for_device(args.device)  # e.g. gloo on a CPU
     try:
+        if backend == "nccl":
+            backend = dist.get_default_backend_for_device(args.device)  # e.g. gloo on a CPU
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
     except (RuntimeError, ValueError) as error:
         fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet: {error}")
@@ -363,14 +373,14 @@ def init_process_group(args):
 
 def shared_options(args):
     """{option: value} of those that must be the same on all nodes."""
-    of_a_node = {"data", "shards", "trainshards", "valshards", "resume", "workers", "dist_url", "ngpus_per_node"}
+    of_a_node = {"data", "shards", "trainshards", "valshards", "resume", "dist_url", "ngpus_per_node"}
     of_a_rank = {"rank", "gpu", "device"}
     shared = vars(args).keys() - of_a_node - of_a_rank
     return {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(shared)}
 
 
 def check_ranks_agree(args, values):
-    """DataError if one of the named values is not the same on all ranks, where training would wait forever."""
+    """Raise DataError if a value differs between ranks; training would hang otherwise."""
     if not args.distributed:
         return
     by_rank = [None] * args.world_size
@@ -535,7 +545,7 @@ def train(train_loader, model, criterion, optimizer, epoch, device, args, first_
         if i % args.print_freq == 0 and args.rank == 0:
             progress.display(i + 1)
     if i + 1 != len(train_loader):
-        fail(f"the loader of the training set ended after {i + 1} of {len(train_loader)} batches")
+        fail(f"the training loader ended after {i + 1} of {len(train_loader)} batches")
 
 
 @torch.no_grad()
@@ -568,7 +578,7 @@ def validate(val_loader, model, criterion, args):
         if i % args.print_freq == 0 and i + 1 < len(val_loader) and args.rank == 0:
             progress.display(i + 1)
     if i + 1 != len(val_loader):
-        fail(f"the loader of the validation set ended after {i + 1} of {len(val_loader)} batches")
+        fail(f"the validation loader ended after {i + 1} of {len(val_loader)} batches")
     if args.distributed:
         for meter in (losses, top1, top5):
             meter.all_reduce(args.device)
@@ -857,15 +867,15 @@ def find_shards(args, split):
     urls, lengths, names, classes = list_shards(args.shards, split, patterns[split])
     for url in urls:
         if is_local(url) and not os.path.exists(url):
-            fail(f"{url}: no such shard, though the index names it")
+            fail(f"{url}: the index lists this shard, but it does not exist")
     if not sum(lengths):
         fail(f"{patterns[split] or args.shards}: no samples in the {split} shards")
-    if split == "train" and sum(lengths) < args.world_size:
-        fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
     if len(classes) > NUM_CLASSES:
         fail(f"--shards {args.shards}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
-    if split == "val" and not args.evaluate:
-        *_, others = list_shards(args.shards, "train", patterns["train"])
+    if split == "train":
+        if sum(lengths) < args.world_size:
+            fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
+        *_, others = list_shards(args.shards, "val", args.valshards)
         if classes and others and classes != others:
             differing = ", ".join(sorted(set(classes) ^ set(others))[:5]) or "their order"
             fail(f"training and validation shards have different classes: {differing}; write both in one run")
@@ -877,7 +887,7 @@ def find_shards(args, split):
 def list_shards(folder, split, pattern=None):
     """(urls, lengths, names, classes) of a split's shards, by the index in a folder or at a URL.
 
-    The shards are beside the index, or where a pattern says; then an index beside them goes before the folder's.
+    The shards are beside the index, or where a pattern says; an index beside them then takes precedence.
     """
     folder = folder.rstrip("/")
     if not pattern:
@@ -894,8 +904,11 @@ def list_shards(folder, split, pattern=None):
     if not index:
         fail(f"{pattern}: no {INDEX} beside the shards or in --shards {folder}; write it with makeshards.py --index")
     own = index.pop(INDEX_NAMES[split], None)
+    entries = list(index.values())
+    if own:
+        entries.append(own)  # last: its names take precedence
     lengths = {}
-    for entry in [*index.values(), own] if own else index.values():  # its names go before those of another split
+    for entry in entries:
         classes = entry["classes"]
         lengths.update(zip(map(os.path.basename, entry["filenames"]), entry["shard_lengths"], strict=True))
     names = []
@@ -908,7 +921,7 @@ def list_shards(folder, split, pattern=None):
 
 
 def read_index(folder):
-    """{split: its entry in the index} of a folder or URL; {} if there is no index. DataError if it can't be right."""
+    """{split: its entry in the index} of a folder or URL; {} if there is no index. DataError if it is invalid."""
     try:
         with wds.gopen(f"{folder}/{INDEX}") as stream:
             data = stream.read()
@@ -927,8 +940,10 @@ def read_index(folder):
     except Exception as error:  # of any type, if it is another kind of file
         if isinstance(error, FileNotFoundError) or getattr(error, "code", None) in (403, 404):
             return {}
+        if isinstance(error, OSError):
+            fail(f"{folder}/{INDEX}: can't be read ({reason(error)})")
         what = f"{type(error).__name__}: {reason(error)}"
-        fail(f"{folder}/{INDEX}: not an index of shards that can be read ({what}); makeshards.py --index writes one")
+        fail(f"{folder}/{INDEX}: not a valid index ({what}); makeshards.py --index writes one")
 
 
 def expand(pattern):
@@ -966,7 +981,7 @@ def read_shards(pieces, urls, lengths):
 def read_shard(url, length, first, last):
     """The samples first <= i < last of a shard of `length` samples; DataError if it is damaged or of another length.
 
-    A remote shard is read again without the samples that came, after growing pauses that start anew with each sample.
+    A remote shard is reopened, skipping the samples already read. The pauses grow, and are reset after each new sample.
     """
     done = first
     pauses = iter(PAUSES)
@@ -992,7 +1007,7 @@ def read_shard(url, length, first, last):
         pause = next(pauses, None)
         if is_local(url) or not temporary or pause is None:
             fail(f"{url}: {problem}")
-        print_line(f"{url}: {problem}; reading it again in {pause} s", sys.stderr)
+        print_line(f"{url}: {problem}; reading it again in {pause} s", error=True)
         time.sleep(pause)
 
 
@@ -1095,10 +1110,10 @@ def jpeg_decoder():
 
 
 def random_crop(image, size):
-    """uint8 (3, size, size) from (3, H, W): a random part of the image, in half of all cases mirrored.
+    """uint8 (3, size, size) from (3, H, W): a random part of the image, flipped horizontally with probability 0.5.
 
     The distribution is that of v2.RandomResizedCrop and v2.RandomHorizontalFlip. This takes half of their 0.5 ms: it
-    draws plain numbers, not tensors, and lays out the crop in memory as the resizing works fastest.
+    draws plain numbers, not tensors, and stores the crop in the memory layout that is fastest to resize.
     """
     top, left, height, width = crop_box(*image.shape[1:])
     crop = image[None, :, top : top + height, left : left + width].clone(memory_format=torch.channels_last)
@@ -1128,8 +1143,8 @@ def channels_last(image):
 def batched_in_place(samples, batch_size):
     """Stage 6, instead of wds.batched(): the images of every third batch lie in the same shared memory.
 
-    Of each worker's batches the caller has at most one in hand, and the DataLoader PREFETCH ahead. (Also at the end of
-    an epoch: no worker has two batches more than another.)
+    Of each worker's batches the caller holds at most one, and the DataLoader has PREFETCH more in flight. (Also at the
+    end of an epoch: no worker has two batches more than another.)
     """
     blocks = [None] * (PREFETCH + 1)
     for turn in itertools.cycle(range(len(blocks))):
@@ -1150,7 +1165,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Run:
-    """Where the run is, and the signal that asks to stop it, if there was one."""
+    """The position of the run, and the signal received, if any."""
 
     def __init__(self, args, state):
         self.args = args
@@ -1158,8 +1173,7 @@ class Run:
         self.epoch = 0
         self.position = None  # what --resume needs to continue within the epoch; None for folders
         self.signal = 0
-        self.second_after = math.inf  # until then it is the first one again, sent by the terminal and by torchrun
-        self.group = dist.new_group(backend="gloo") if args.distributed else None
+        self.second_after = math.inf  # before it a signal is a duplicate: a terminal and torchrun both send one
         self.workers_end = torch.tensor(False).share_memory_()
         Finalize(None, self.workers_end.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
         for number in SIGNALS:
@@ -1174,32 +1188,28 @@ class Run:
 
     def over_ranks(self, number):
         """The largest of the ranks' numbers."""
-        number = torch.tensor(number)
-        if self.group:
-            dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
+        if not self.args.distributed:
+            return number
+        number = torch.tensor(number, device=self.args.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
     def stop_if_asked(self):
-        """Write a checkpoint and exit if any rank has noted a signal. All ranks come here after the same step."""
+        """Write a checkpoint and exit if any rank has noted a signal. All ranks call this after the same step."""
         number = self.over_ranks(self.signal)
         if not number:
             return
         self.save()
         self.workers_end.fill_(True)
         if self.args.rank == 0:
-            what = "the last checkpoint is that of the last whole epoch"
+            what = "nothing was saved since the last whole epoch"
             if self.position:
                 what = f"--resume checkpoint.pth.tar continues (epoch {self.epoch}, step {self.position['step']})"
             print_error(f"stopped by {signal.Signals(number).name}; {what}")
-        if self.group:
-            dist.barrier(self.group)  # until rank 0 has written it
+        if self.args.distributed:
+            self.over_ranks(0)  # waits until rank 0 has written it
             dist.destroy_process_group()
         sys.exit(128 + number)
-
-    def end_step(self, step):
-        self.position["step"] = step
-        if self.args.checkpoint_steps and step % self.args.checkpoint_steps == 0:
-            self.save()
 
     def save(self):
         if self.position and self.args.rank == 0:
@@ -1207,7 +1217,7 @@ class Run:
 
 
 class DeviceLoader:
-    """A loader's batches on the device. A signal stops the run between two of them, and training notes its position."""
+    """A loader's batches on the device. A signal stops the run between two; training records its position."""
 
     def __init__(self, loader, run, checkpoint=None):
         self.loader = loader
@@ -1248,7 +1258,7 @@ class DeviceLoader:
         count = len(self)
         common = -self.run.over_ranks(-count)  # validation's number of batches may differ by one between ranks
         self.run.stop_if_asked()
-        if 0 < self.first_step == count:  # only validation is left; the loader would read all shards for nothing
+        if 0 < self.first_step == count:  # only validation is left; the loader would read all shards and discard them
             return
         try:
             for step, batch in enumerate(self.loader, self.first_step + 1):
@@ -1256,7 +1266,9 @@ class DeviceLoader:
                     set_seed(self.args, f"{self.run.epoch} {step}")
                 yield self.to_device(*batch)
                 if self.order:
-                    self.run.end_step(step)
+                    self.run.position["step"] = step
+                    if self.args.checkpoint_steps and step % self.args.checkpoint_steps == 0:
+                        self.run.save()
                 if step < common and (step % self.args.print_freq == 0 or not self.args.distributed):
                     self.run.stop_if_asked()  # among several ranks not at each step: it takes an all_reduce
         except Exception:
@@ -1274,12 +1286,12 @@ class DeviceLoader:
 
 
 def check_order(args, then, now, epoch):
-    """DataError if the rest of the epoch would not be the samples that are left."""
+    """Raise DataError if the options differ from those with which the epoch was started."""
     for name, value in now.items():
         before = then.get(name)
         if before == value:
             continue
-        if name in ("workers", "batch_size"):  # of a process; the options are for all those of the node
+        if name in ("workers", "batch_size") and before is not None:  # of a process; the options are those of a node
             value *= args.ngpus_per_node
             before *= args.ngpus_per_node
         what = "other shards" if name == "shards" else f"--{name.replace('_', '-')} {before}, not {value}"
@@ -1308,7 +1320,7 @@ def init_worker(workers_end, _):
 
 
 def watch_main(workers_end, parent):
-    """In a worker's thread: end the worker, even if it waits for a server, once the main process ends or is gone."""
+    """In a worker's thread: end the worker, even if it waits for a server, once the main process ends or was killed."""
     while not workers_end and os.getppid() == parent:
         time.sleep(1)
     time.sleep(2)  # in which the DataLoader may end it

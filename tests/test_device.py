@@ -58,7 +58,7 @@ def test_which_device(script, args, monkeypatch):
     assert pick(1, gpu=0, multiprocessing_distributed=True) == "cuda:1"
     assert [pick(0, count=0), pick(0, no_accel=True), pick(0, "mps", 1, distributed=True)] == ["cpu"] * 3
     assert pick(0, "mps", 1, distributed=False) == "mps:0"
-    with pytest.raises(module.DataError, match="--gpu 2: this machine has 2, numbered from 0"):
+    with pytest.raises(module.DataError, match="--gpu 2: this machine has 2 GPUs, numbered from 0"):
         pick(0, gpu=2)
 
 

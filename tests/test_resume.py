@@ -750,7 +750,7 @@ def test_folders_at_a_signal(number, start, folders, tmp_path):
     run = start(*args, note=True).until(r"^Epoch: \[1\]")
     before = (tmp_path / "checkpoint.pth.tar").read_bytes()
     _, (line,) = run.until("^Epoch", count=8 + 3).kill(number).finish(status=128 + number, lines=1)
-    assert line == f"main-wds.py: stopped by {number.name}; the last checkpoint is that of the last whole epoch"
+    assert line == f"main-wds.py: stopped by {number.name}; nothing was saved since the last whole epoch"
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
 
 
