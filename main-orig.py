@@ -290,7 +290,7 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.evaluate:
         validate(val_loader, model, criterion, args)
         return
-    start = {"checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
+    start = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
     start["step"] = checkpoint.get("position", {}).get("step", 0)
     check_ranks_agree(args, {**start, "number of batches": len(train_loader)})
     check_writable(args)

@@ -322,7 +322,7 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.evaluate:
         validate(val_loader, model, criterion, args)
         return
-    start = {"checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
+    start = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
     start["step"] = checkpoint.get("position", {}).get("step", 0)
     check_ranks_agree(args, {**start, "number of batches": len(train_loader)})
     check_writable(args)
@@ -723,7 +723,7 @@ def make_train_loader_wds(args):
 
 
 def make_val_loader_wds(args):
-    """Batches of the validation shards, in order. Under DDP each sample goes to one rank only."""
+    """Batches of the validation shards, the same ones each time. Under DDP each sample goes to one rank only."""
     return make_loader_wds(args, "val")
 
 
@@ -890,6 +890,7 @@ def list_shards(folder, split, pattern=None):
     The shards are beside the index, or where a pattern says; an index beside them then takes precedence.
     """
     folder = folder.rstrip("/")
+    check_scheme(folder)
     if not pattern:
         entry = read_index(folder).get(INDEX_NAMES[split])
         if not entry:
@@ -956,11 +957,15 @@ def expand(pattern):
     for url in urls:
         if is_local(url) and not os.path.exists(url):
             found += sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
-        elif is_local(url) or url.partition(":")[0] in wds.gopen_schemes:
-            found.append(url)
         else:
-            fail(f"{url}: webdataset can't open such URLs; use pipe: and a command")
+            found.append(url)
+            check_scheme(url)
     return found
+
+
+def check_scheme(url):
+    if not is_local(url) and url.partition(":")[0] not in wds.gopen_schemes:
+        fail(f"{url}: webdataset can't open such URLs; use --trainshards and --valshards with pipe: and a command")
 
 
 def file_names(url):

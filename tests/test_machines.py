@@ -259,7 +259,7 @@ def test_nodes_with_other_checkpoints_or_shards(start, shards, tmp_path):
     found = nodes(start, "main-wds.py", tmp_path, *[[*args, "-b", 4, *RESUME]] * 2)
     assert "world" in found[0] or "ranks" in found[0]  # the position is that of one rank
     found = nodes(start, "main-wds.py", tmp_path, *[[*args, *RESUME, "--start-epoch", 1]] * 2)
-    assert found == ["checkpoint found is True on rank 0 but False on rank 1; it must be the same"] * 2
+    assert found == ["--resume: checkpoint found is True on rank 0 but False on rank 1; it must be the same"] * 2
     more = write_shards(tmp_path / "more", {"train": [90], "validation": [60]})
     found = nodes(start, "main-wds.py", tmp_path, args, [*WDS, "--shards", more])
     assert found == ["number of batches is 10 on rank 0 but 12 on rank 1; it must be the same"] * 2
@@ -365,6 +365,12 @@ def test_a_password_is_never_printed(start, shards):
         time.sleep(0.05)
     assert run.kill(signal.SIGKILL).wait(20) == -signal.SIGKILL
     assert "pipe:false http://127.0.0.1:9/" in run.output() and "secret" not in run.output()
+
+
+def test_urls_that_nothing_opens(start, shards):
+    for args in (["--shards", "s3://b/imagenet"], ["--shards", shards, "--trainshards", "s3://b/imagenet-{0..1}.tar"]):
+        _, (line,) = start(*WDS, *args).finish(status=2, lines=1)
+        assert line.startswith("main-wds.py: s3://b/imagenet") and "pipe: and a command" in line
 
 
 def test_a_gzip_encoded_index(start, tmp_path):
