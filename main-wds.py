@@ -29,6 +29,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,7 @@ def parse_args():
     add = parser.add_argument
     count = at_least(1)
     number = at_least(0)
+    real = at_least(0, float)
     add("--dataset", "--loader", choices=LOADERS, default="wds", help="read shards or folders (default: %(default)s)")
     add("--data", metavar="DIR", default="./data", help="orig: path to the dataset (default: %(default)s)")
     add("--shards", metavar="DIR", default="./shards", help=f"wds: folder or URL of {INDEX} (default: %(default)s)")
@@ -91,9 +93,9 @@ def parse_args():
     add("--epochs", type=number, default=90, metavar="N", help="number of epochs to run (default: %(default)s)")
     add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or as --resume says)")
     add("-b", "--batch-size", type=count, default=256, metavar="N", help="total of this node (default: %(default)s)")
-    add("--lr", "--learning-rate", type=float, default=0.1, help="initial learning rate (default: %(default)s)")
-    add("--momentum", type=float, default=0.9, metavar="M", help="momentum (default: %(default)s)")
-    add("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="(default: %(default)s)")
+    add("--lr", "--learning-rate", type=real, default=0.1, help="initial learning rate (default: %(default)s)")
+    add("--momentum", type=real, default=0.9, metavar="M", help="momentum (default: %(default)s)")
+    add("--wd", "--weight-decay", type=real, default=1e-4, dest="weight_decay", help="(default: %(default)s)")
     add("-p", "--print-freq", type=count, default=10, metavar="N", help="print every N steps (default: %(default)s)")
     add("--resume", metavar="PATH", help="checkpoint to resume from (default: none)")
     add("-e", "--evaluate", action="store_true", help="validate only")
@@ -124,13 +126,14 @@ def parse_args():
     return args
 
 
-def at_least(low):
-    """An argparse type: whole numbers from low."""
+def at_least(low, kind=int):
+    """An argparse type: numbers from low, whole ones unless kind is float."""
 
     def number(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return int(text)
+        value = kind(text)
+        if not low <= value < sys.maxsize:  # also not for NaN
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}, or too large")
+        return value
 
     return number
 
@@ -153,7 +156,8 @@ def print_line(line, error=False):
     if not file:  # it was closed before the start
         return
     try:
-        file.write(re.sub(r"://[^/\s]*@", "://", line) + "\n")  # at once: other processes write there too
+        line = re.sub(r"://\S*@", "://", line).encode(file.encoding or "utf-8", "backslashreplace")
+        file.write(line.decode(file.encoding or "utf-8") + "\n")  # at once: other processes write there too
         file.flush()
     except OSError:  # discard what follows; else Python would fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -195,11 +199,13 @@ def start(args):
         args.multiprocessing_distributed = False
     if args.dist_url == "env://":
         for name in ("RANK", "WORLD_SIZE"):  # of this process, or with --multiprocessing-distributed of this node
-            if not os.environ.get(name, "").isdigit():
+            if not os.environ.get(name, "").isdecimal():
                 fail(f"--dist-url env://: {name} is not set in the environment; torchrun sets it")
             setattr(args, name.lower(), int(os.environ[name]))
     args.rank = max(args.rank, 0)
     args.world_size = max(args.world_size, 1)
+    if args.rank >= args.world_size:
+        fail(f"RANK {args.rank}, WORLD_SIZE {args.world_size}: the rank must be from 0 to {args.world_size - 1}")
     if torchrun:
         run_worker(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), args)
     elif args.multiprocessing_distributed:
@@ -242,9 +248,9 @@ def run_worker(gpu, ngpus_per_node, args):
         fail(
             f"a data worker was killed ({first_line(error)}); if it ran out of memory, lower --workers or --batch-size"
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         text = str(error)
-        if "unable to allocate shared memory" in text or "No space left on device" in text or "Bus error" in text:
+        if "shared memory" in text or "No space left on device" in text:
             fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
         if "DataLoader worker (pid" in text:
             fail(f"{first_line(error)}; if it ran out of memory, lower --workers or --batch-size")
@@ -301,6 +307,9 @@ def main_worker(gpu, ngpus_per_node, args):
         say(args, f"=> no checkpoint found at '{args.resume}': training starts from the beginning")
     first_epoch = checkpoint["epoch"] if args.start_epoch is None else args.start_epoch
     best_acc1 = checkpoint["best_acc1"]
+    last = list(model.parameters())[-1].detach().cpu().numpy()  # it differs in any two checkpoints
+    found = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
+    check_ranks_agree(args, {**found, "checksum of the weights": zlib.crc32(last.tobytes())})
 
     def state(epoch):
         """What a checkpoint holds; epoch is the one to resume with."""
@@ -322,9 +331,7 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.evaluate:
         validate(val_loader, model, criterion, args)
         return
-    start = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
-    start["step"] = checkpoint.get("position", {}).get("step", 0)
-    check_ranks_agree(args, {**start, "number of batches": len(train_loader)})
+    check_ranks_agree(args, {"number of batches": len(train_loader)})
     check_writable(args)
     if first_epoch >= args.epochs:
         say(args, f"=> all {args.epochs} epochs are done; to continue, increase --epochs")
@@ -376,7 +383,8 @@ def shared_options(args):
     of_a_node = {"data", "shards", "trainshards", "valshards", "resume", "dist_url", "ngpus_per_node"}
     of_a_rank = {"rank", "gpu", "device"}
     shared = vars(args).keys() - of_a_node - of_a_rank
-    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(shared)}
+    options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(shared)}
+    return {"script": os.path.basename(sys.argv[0]), **options}
 
 
 def check_ranks_agree(args, values):
@@ -387,8 +395,8 @@ def check_ranks_agree(args, values):
     dist.all_gather_object(by_rank, values)
     for name, first in by_rank[0].items():
         for rank, others in enumerate(by_rank):
-            if others[name] != first:
-                fail(f"{name} is {first} on rank 0 but {others[name]} on rank {rank}; it must be the same")
+            if others.get(name) != first:
+                fail(f"{name} is {first} on rank 0 but {others.get(name)} on rank {rank}; it must be the same")
 
 
 def set_seed(args, epoch):
@@ -464,6 +472,7 @@ def open_folder(args, split):
         fail(f"{args.data}: train/ and val/ differ in their class folders, e.g. {', '.join(differing[:5])}")
     if len(classes) > NUM_CLASSES:
         fail(f"{args.data}: {len(classes)} class folders, but the model has {NUM_CLASSES} outputs")
+    check_ranks_agree(args, {f"number of {split} images": len(dataset)})
     say(args, f"=> {split}: {len(dataset)} images, {len(classes)} classes")
     return dataset
 
@@ -597,7 +606,7 @@ def check_writable(args):
         if args.rank == 0:
             tempfile.TemporaryFile(dir=".").close()
     except OSError as error:
-        fail(f"{os.getcwd()}: can't write checkpoints there ({error.strerror}); run in another folder")
+        fail(f"current folder: can't write checkpoints there ({error.strerror}); run in another one")
 
 
 def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
@@ -616,7 +625,7 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
         except OSError as error:
             if os.path.exists(partial):
                 os.unlink(partial)
-            fail(f"{os.getcwd()}: can't write {name} there ({error.strerror})")
+            fail(f"current folder: can't write {name} there ({error.strerror})")
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
@@ -736,6 +745,7 @@ def make_loader_wds(args, split):
         reuse_memory=args.decode == "tensor",  # DeviceLoader makes floats of these bytes at once
     )  # fmt: skip
     loader.shards = list(zip(names, lengths, strict=True))
+    check_ranks_agree(args, {f"checksum of the list of {split} shards": zlib.crc32(repr(loader.shards).encode())})
     return loader
 
 
@@ -1321,14 +1331,15 @@ def init_worker(workers_end, _):
     """In a worker: leave signals, which schedulers send to all processes, to the main process, and end with it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=watch_main, args=(workers_end, os.getppid()), daemon=True).start()
+    threading.Thread(target=watch_main, args=(workers_end,), daemon=True).start()
 
 
-def watch_main(workers_end, parent):
+def watch_main(workers_end):
     """In a worker's thread: end the worker, even if it waits for a server, once the main process ends or was killed."""
-    while not workers_end and os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(2)  # in which the DataLoader may end it
+    while not workers_end and mp.parent_process().is_alive():
+        time.sleep(0.2)
+    if workers_end:
+        time.sleep(2)  # in which the DataLoader may end it
     os._exit(0)
 
 

@@ -145,7 +145,14 @@ ERRORS = {
     "reset": (RuntimeError("[gloo/pair.cc:547] Read error: Connection reset by peer"), "lost the connection"),
     "remote": (dist.DistBackendError("ncclRemoteError: a remote process exiting prematurely"), "lost the connection"),
     "killed": (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "is killed by signal: Killed"),
-    "bus": (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), "/dev/shm is full"),
+    "bus": (
+        RuntimeError(
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that out of shared memory."
+        ),
+        "/dev/shm is full",
+    ),
+    "semaphore": (OSError(28, "No space left on device"), "/dev/shm is full"),
+    "read-only": (RuntimeError("unable to open shared memory object </torch_7>: Read-only"), "/dev/shm is full"),
     "space": (RuntimeError("unable to write to file </torch_7_8>: No space left on device (28)"), "/dev/shm is full"),
 }
 
@@ -165,6 +172,20 @@ def test_the_text_of_an_error(case, script, monkeypatch):
         module.run_worker(None, 1, args_of_rank())
     assert (expected or str(error)) in str(caught.value)
     assert ("lost" in str(caught.value)) == (expected == "lost the connection")
+
+
+@each_script
+def test_odd_numbers(script, tmp_path):
+    for args in (["--lr", "-1"], ["--lr", "nan"], ["--wd", "inf"], ["--momentum", "-0.1"], ["-b", 10**20], ["-b", 1.5]):
+        assert f"argument {args[0]}" in error_of(script, *args, cwd=tmp_path)
+
+
+@each_script
+def test_names_that_the_output_cannot_hold(script, folders, shards, tmp_path):
+    env = {"PYTHONIOENCODING": "ascii"}
+    args = [*command(script, folders, shards), "--epochs", 0, "--resume", "nichtü.tar"]
+    out, _ = run(script, *args, cwd=tmp_path, env=env)
+    assert "'nicht\\xfc.tar'" in out
 
 
 @each_script
@@ -225,6 +246,8 @@ def test_env_without_a_local_rank(script, start, folders, shards, tmp_path):
     whole = 32 if script == "main-orig.py" else 78
     assert f"/{-(-whole // 16)}]" in out and len(summary(out)) == 1
     assert (cwds[0] / "checkpoint.pth.tar").exists() and not (cwds[1] / "checkpoint.pth.tar").exists()
+    line = error_of(script, *args, cwd=tmp_path, env={**env, "RANK": "2"})
+    assert line == f"{script}: RANK 2, WORLD_SIZE 2: the rank must be from 0 to 1"
     line = error_of(script, *args, cwd=tmp_path)
     assert line == f"{script}: --dist-url env://: RANK is not set in the environment; torchrun sets it"
 
@@ -256,13 +279,18 @@ def test_nodes_with_other_checkpoints_or_shards(start, shards, tmp_path):
     args = [*WDS, "--shards", shards]
     run = start(*args, "-b", 2, cwd=tmp_path / "0").until("^Epoch", count=3).kill(signal.SIGTERM)
     run.finish(status=143, lines=1)
-    found = nodes(start, "main-wds.py", tmp_path, *[[*args, "-b", 4, *RESUME]] * 2)
-    assert "world" in found[0] or "ranks" in found[0]  # the position is that of one rank
-    found = nodes(start, "main-wds.py", tmp_path, *[[*args, *RESUME, "--start-epoch", 1]] * 2)
+    found = nodes(start, "main-wds.py", tmp_path, *[[*args, *RESUME]] * 2)
     assert found == ["--resume: checkpoint found is True on rank 0 but False on rank 1; it must be the same"] * 2
     more = write_shards(tmp_path / "more", {"train": [90], "validation": [60]})
     found = nodes(start, "main-wds.py", tmp_path, args, [*WDS, "--shards", more])
-    assert found == ["number of batches is 10 on rank 0 but 12 on rank 1; it must be the same"] * 2
+    assert all(
+        re.match(r"checksum of the list of val shards is \d+ on rank 0 but \d+ on rank 1", line) for line in found
+    )
+    for rank, folder in enumerate(("x", "y")):  # checkpoints of the same epoch, of other runs
+        start(*args, "--epochs", 1, "--seed", rank, cwd=tmp_path / folder).finish()
+    own = [[*args, "--resume", tmp_path / folder / "checkpoint.pth.tar", "--evaluate"] for folder in ("x", "y")]
+    found = nodes(start, "main-wds.py", tmp_path, *own)
+    assert all("must be the same" in line and re.match("best_acc1|checksum of the weights", line) for line in found)
 
 
 # ---------------------------------------------------------------------------- disks
@@ -272,7 +300,7 @@ def test_nodes_with_other_checkpoints_or_shards(start, shards, tmp_path):
 def test_a_folder_that_cannot_be_written(script, folders, shards):
     """Said before the first step."""
     out, err = run(script, *command(script, folders, shards), cwd="/proc", status=2)
-    assert err.startswith(f"{script}: /proc: can't write checkpoints there") and err.count("\n") == 1
+    assert err.startswith(f"{script}: current folder: can't write checkpoints there") and err.count("\n") == 1
     assert "Epoch: [" not in out
 
 
