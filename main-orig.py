@@ -214,16 +214,12 @@ def run_worker(gpu, ngpus_per_node, args):
         main_worker(gpu, ngpus_per_node, args)
         if args.distributed:
             dist.destroy_process_group()
-    except (ConnectionError, EOFError) as error:
-        fail(
-            f"a data worker was killed ({first_line(error)}); if it ran out of memory, lower --workers or --batch-size"
-        )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         text = str(error)
         if "shared memory" in text or "No space left on device" in text:
             fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
-        if "DataLoader worker (pid" in text:
-            fail(f"{first_line(error)}; if it ran out of memory, lower --workers or --batch-size")
+        if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
+            fail(f"a data worker ended ({first_line(error)}); if out of memory, lower --workers or --batch-size")
         if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
             raise
         if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
@@ -268,18 +264,9 @@ def main_worker(gpu, ngpus_per_node, args):
     criterion = nn.CrossEntropyLoss().to(device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
-    checkpoint = {"epoch": 0, "best_acc1": 0.0}
-    if args.resume and os.path.isfile(args.resume):
-        checkpoint = load_checkpoint(args, model, optimizer, scheduler)
-    elif args.resume and args.evaluate:
-        fail(f"--resume {args.resume}: no checkpoint found there")
-    elif args.resume:
-        say(args, f"=> no checkpoint found at '{args.resume}': training starts from the beginning")
+    checkpoint = load_checkpoint(args, model, optimizer, scheduler)
     first_epoch = checkpoint["epoch"] if args.start_epoch is None else args.start_epoch
     best_acc1 = checkpoint["best_acc1"]
-    last = list(model.parameters())[-1].detach().cpu().numpy()  # it differs in any two checkpoints
-    found = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
-    check_ranks_agree(args, {**found, "checksum of the weights": zlib.crc32(last.tobytes())})
 
     def state(epoch):
         """What a checkpoint holds; epoch is the one to resume with."""
@@ -589,8 +576,21 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
-    """Load --resume, ours or pytorch/examples', into all three, and return it."""
-    model = getattr(model, "module", model)
+    """Load --resume, ours or pytorch/examples', into all three, and return it; if there is none, that of a new run."""
+    checkpoint = {"epoch": 0, "best_acc1": 0.0}
+    if args.resume and os.path.isfile(args.resume):
+        checkpoint = read_checkpoint(args, getattr(model, "module", model), optimizer, scheduler)
+    elif args.resume and args.evaluate:
+        fail(f"--resume {args.resume}: no checkpoint found there")
+    elif args.resume:
+        say(args, f"=> no checkpoint found at '{args.resume}': training starts from the beginning")
+    found = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": checkpoint["epoch"]}
+    last = list(model.parameters())[-1].detach().cpu().numpy()  # differs between any two checkpoints
+    check_ranks_agree(args, {**found, "checksum of the weights": zlib.crc32(last.tobytes())})
+    return checkpoint
+
+
+def read_checkpoint(args, model, optimizer, scheduler):
     say(args, f"=> loading checkpoint '{args.resume}'")
     try:
         checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)

@@ -244,16 +244,12 @@ def run_worker(gpu, ngpus_per_node, args):
         main_worker(gpu, ngpus_per_node, args)
         if args.distributed:
             dist.destroy_process_group()
-    except (ConnectionError, EOFError) as error:
-        fail(
-            f"a data worker was killed ({first_line(error)}); if it ran out of memory, lower --workers or --batch-size"
-        )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         text = str(error)
         if "shared memory" in text or "No space left on device" in text:
             fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
-        if "DataLoader worker (pid" in text:
-            fail(f"{first_line(error)}; if it ran out of memory, lower --workers or --batch-size")
+        if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
+            fail(f"a data worker ended ({first_line(error)}); if out of memory, lower --workers or --batch-size")
         if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
             raise
         if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
@@ -298,18 +294,9 @@ def main_worker(gpu, ngpus_per_node, args):
     criterion = nn.CrossEntropyLoss().to(device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
-    checkpoint = {"epoch": 0, "best_acc1": 0.0}
-    if args.resume and os.path.isfile(args.resume):
-        checkpoint = load_checkpoint(args, model, optimizer, scheduler)
-    elif args.resume and args.evaluate:
-        fail(f"--resume {args.resume}: no checkpoint found there")
-    elif args.resume:
-        say(args, f"=> no checkpoint found at '{args.resume}': training starts from the beginning")
+    checkpoint = load_checkpoint(args, model, optimizer, scheduler)
     first_epoch = checkpoint["epoch"] if args.start_epoch is None else args.start_epoch
     best_acc1 = checkpoint["best_acc1"]
-    last = list(model.parameters())[-1].detach().cpu().numpy()  # it differs in any two checkpoints
-    found = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": first_epoch, "best_acc1": best_acc1}
-    check_ranks_agree(args, {**found, "checksum of the weights": zlib.crc32(last.tobytes())})
 
     def state(epoch):
         """What a checkpoint holds; epoch is the one to resume with."""
@@ -629,8 +616,21 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
-    """Load --resume, ours or pytorch/examples', into all three, and return it."""
-    model = getattr(model, "module", model)
+    """Load --resume, ours or pytorch/examples', into all three, and return it; if there is none, that of a new run."""
+    checkpoint = {"epoch": 0, "best_acc1": 0.0}
+    if args.resume and os.path.isfile(args.resume):
+        checkpoint = read_checkpoint(args, getattr(model, "module", model), optimizer, scheduler)
+    elif args.resume and args.evaluate:
+        fail(f"--resume {args.resume}: no checkpoint found there")
+    elif args.resume:
+        say(args, f"=> no checkpoint found at '{args.resume}': training starts from the beginning")
+    found = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": checkpoint["epoch"]}
+    last = list(model.parameters())[-1].detach().cpu().numpy()  # differs between any two checkpoints
+    check_ranks_agree(args, {**found, "checksum of the weights": zlib.crc32(last.tobytes())})
+    return checkpoint
+
+
+def read_checkpoint(args, model, optimizer, scheduler):
     say(args, f"=> loading checkpoint '{args.resume}'")
     try:
         checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
@@ -880,12 +880,12 @@ def find_shards(args, split):
             fail(f"{url}: the index lists this shard, but it does not exist")
     if not sum(lengths):
         fail(f"{patterns[split] or args.shards}: no samples in the {split} shards")
+    if split == "train" and sum(lengths) < args.world_size:
+        fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
     if len(classes) > NUM_CLASSES:
         fail(f"--shards {args.shards}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
-    if split == "train":
-        if sum(lengths) < args.world_size:
-            fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
-        *_, others = list_shards(args.shards, "val", args.valshards)
+    if split == "val" and not args.evaluate:
+        *_, others = list_shards(args.shards, "train", args.trainshards)
         if classes and others and classes != others:
             differing = ", ".join(sorted(set(classes) ^ set(others))[:5]) or "their order"
             fail(f"training and validation shards have different classes: {differing}; write both in one run")
@@ -954,7 +954,7 @@ def read_index(folder):
         if isinstance(error, OSError):
             fail(f"{folder}/{INDEX}: can't be read ({reason(error)})")
         what = f"{type(error).__name__}: {reason(error)}"
-        fail(f"{folder}/{INDEX}: not a valid index ({what}); makeshards.py --index writes one")
+        fail(f"{folder}/{INDEX}: not an index of shards ({what}); makeshards.py --index writes one")
 
 
 def expand(pattern):

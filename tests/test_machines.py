@@ -290,7 +290,7 @@ def test_nodes_with_other_checkpoints_or_shards(start, shards, tmp_path):
         start(*args, "--epochs", 1, "--seed", rank, cwd=tmp_path / folder).finish()
     own = [[*args, "--resume", tmp_path / folder / "checkpoint.pth.tar", "--evaluate"] for folder in ("x", "y")]
     found = nodes(start, "main-wds.py", tmp_path, *own)
-    assert all("must be the same" in line and re.match("best_acc1|checksum of the weights", line) for line in found)
+    assert all("must be the same" in line and line.startswith("checksum of the weights") for line in found)
 
 
 # ---------------------------------------------------------------------------- disks
@@ -355,7 +355,7 @@ def test_a_worker_is_killed(script, start, folders, shards):
     run = start(*args, script=script).until("^Epoch", count=2)
     os.kill(worker_of(run), signal.SIGKILL)
     _, (line,) = run.finish(status=2, lines=1)
-    assert re.search(r"DataLoader worker \(pid\D* \d+\) .*; if it ran out of memory|a data worker was killed", line)
+    assert line.startswith(f"{script}: a data worker ended (") and "if out of memory, lower --workers" in line
 
 
 def small_memory(*args):

@@ -348,7 +348,7 @@ SHOWN_ELSEWHERE = {
     "lost the connection to another rank": "test_resume.py",
     "; it must be the same": "test_machines.py",
     "/dev/shm is full": "test_machines.py",
-    "if it ran out of memory, lower --workers or --batch-size": "test_machines.py",
+    "if out of memory, lower --workers or --batch-size": "test_machines.py",
     "too long for the workers' sockets": "test_machines.py",
     "can't write checkpoints there": "test_machines.py",
     "it does not take --image-size": "test_machines.py",

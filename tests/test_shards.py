@@ -579,7 +579,7 @@ def test_a_wrong_index(change, listed, tmp_path):
         (tmp_path / f"{name}.tar").write_bytes(tar([]))
     said = "_info.json: not an index"
     for mark, other in (
-        ("gone", "gone.tar: no such"),
+        ("gone", "gone.tar: the index lists"),
         ("[0, 0]", "no samples in the train shards"),
         ("validation", "no _info.json"),
     ):
