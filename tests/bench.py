@@ -70,9 +70,10 @@ def fail(message):
 @functools.cache
 def script():
     """main-wds.py as a module, for its loaders. Imports PyTorch, so that it comes when it is needed."""
-    spec = importlib.util.spec_from_file_location("main_wds", os.path.join(ROOT, "main-wds.py"))
-    sys.modules["main_wds"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["main_wds"])
+    if "main_wds" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("main_wds", os.path.join(ROOT, "main-wds.py"))
+        sys.modules["main_wds"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["main_wds"])
     return sys.modules["main_wds"]
 
 

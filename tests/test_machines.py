@@ -354,8 +354,10 @@ def test_a_worker_is_killed(script, start, folders, shards):
     args = [*command(script, folders, shards), "--epochs", 90]
     run = start(*args, script=script).until("^Epoch", count=2)
     os.kill(worker_of(run), signal.SIGKILL)
-    _, (line,) = run.finish(status=2, lines=1)
-    assert line.startswith(f"{script}: a data worker ended (") and "if out of memory, lower --workers" in line
+    assert run.wait(60) == 2
+    lines = [line for line in run.output().splitlines() if line.startswith(f"{script}: ")]
+    assert len(lines) == 1 and "if out of memory, lower --workers" in lines[0]
+    assert lines[0].startswith(f"{script}: a data worker ended (")
 
 
 def small_memory(*args):
