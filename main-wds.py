@@ -209,8 +209,8 @@ def start(args):
     if torchrun:
         run_worker(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), args)
     elif args.multiprocessing_distributed:
-        ngpus_per_node = 0 if args.no_accel else torch.accelerator.device_count()
-        spawn(ngpus_per_node or 2, args)
+        has_gpus = torch.accelerator.is_available() and not args.no_accel
+        spawn(torch.accelerator.device_count() if has_gpus else 2, args)
     else:
         run_worker(args.gpu, 1, args)
 
