@@ -103,12 +103,7 @@ def parse_args():
     add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
     add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
     add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="rendezvous URL (default: %(default)s)")
-    add(
-        "--dist-backend",
-        default="nccl",
-        metavar="NAME",
-        help="backend; without CUDA the device's (default: %(default)s)",
-    )
+    add("--dist-backend", default="nccl", metavar="NAME", help="backend for CUDA devices (default: %(default)s)")
     add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
@@ -631,6 +626,7 @@ def load_checkpoint(args, model, optimizer, scheduler):
 
 
 def read_checkpoint(args, model, optimizer, scheduler):
+    """Load the file into all three. Raise DataError if it is no checkpoint, or that of another architecture."""
     say(args, f"=> loading checkpoint '{args.resume}'")
     try:
         checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
