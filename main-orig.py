@@ -52,7 +52,7 @@ ARCHS = [name for name in models.list_models(module=models) if name not in ("goo
 
 def parse_args():
     parser = argparse.ArgumentParser(description="PyTorch ImageNet training", allow_abbrev=False)
-    parser.error = fail
+    parser.error = usage_error
     add = parser.add_argument
     count = at_least(1)
     number = at_least(0)
@@ -109,6 +109,11 @@ class DataError(Exception):
 
 def fail(message):
     raise DataError(message)
+
+
+def usage_error(message):
+    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if "unrecognized" in message else ""
+    fail(message + hint)
 
 
 def first_line(error):

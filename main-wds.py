@@ -51,7 +51,6 @@ import json
 import threading
 import urllib.request
 import warnings
-from multiprocessing.util import Finalize
 from urllib.error import HTTPError
 
 import webdataset as wds
@@ -59,6 +58,7 @@ from torch.utils.data import default_collate, get_worker_info
 from torchvision.io import ImageReadMode
 from webdataset.gopen import set_options
 from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels: red, green, blue, from 0 to 1
 STD = (0.229, 0.224, 0.225)
@@ -73,7 +73,7 @@ ARCHS = [name for name in models.list_models(module=models) if name not in ("goo
 
 def parse_args():
     parser = argparse.ArgumentParser(description="PyTorch ImageNet training", allow_abbrev=False)
-    parser.error = fail
+    parser.error = usage_error
     add = parser.add_argument
     count = at_least(1)
     number = at_least(0)
@@ -139,6 +139,11 @@ class DataError(Exception):
 
 def fail(message):
     raise DataError(message)
+
+
+def usage_error(message):
+    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if "unrecognized" in message else ""
+    fail(message + hint)
 
 
 def first_line(error):
@@ -757,7 +762,7 @@ def shard_loader(
     reuse_memory: saves 9 %, but later batches overwrite the images: copy each batch before asking for the next one.
 
     images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch. In training, each
-    sample seeds `random` and torch in its process. DataError names a shard or sample that can't be read.
+    batch seeds `random` and torch in its process. DataError names a shard or sample that can't be read.
     """
     dataset = ShardPipeline(lengths, batch_size, rank, world_size, seed, train)
     batched = functools.partial(batched_in_place, batch_size=batch_size)
@@ -814,11 +819,11 @@ class ShardPipeline(wds.DataPipeline):
         return self.plan(epoch, worker, workers)
 
     def skip_done(self, samples):
-        """Stage 4: the samples from the first step on, each with a seed for its augmentation."""
+        """Stage 4: the samples from the first step on. The first one of a batch has a seed for its augmentation."""
         for i, sample in enumerate(samples):
+            if self.train and i % self.batch_size == 0:
+                sample["__seed__"] = f"{self.seed} {i}"
             if i >= self.done:
-                if self.train:
-                    sample["__seed__"] = f"{self.seed} {i}"
                 yield sample
 
 
@@ -896,7 +901,6 @@ def list_shards(folder, split, pattern=None):
     The shards are beside the index, or where a pattern says; an index beside them then takes precedence.
     """
     folder = folder.rstrip("/")
-    check_scheme(folder)
     if not pattern:
         entry = read_index(folder).get(INDEX_NAMES[split])
         if not entry:
@@ -963,15 +967,11 @@ def expand(pattern):
     for url in urls:
         if is_local(url) and not os.path.exists(url):
             found += sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
-        else:
+        elif is_local(url) or url.partition(":")[0] in wds.gopen_schemes:
             found.append(url)
-            check_scheme(url)
+        else:
+            fail(f"{url}: webdataset can't open such URLs; use a pipe: command")
     return found
-
-
-def check_scheme(url):
-    if not is_local(url) and url.partition(":")[0] not in wds.gopen_schemes:
-        fail(f"{url}: webdataset can't open such URLs; use --trainshards and --valshards with pipe: and a command")
 
 
 def file_names(url):
@@ -1024,19 +1024,12 @@ def read_shard(url, length, first, last):
 
 def read_tar(url):
     """The samples of a shard, undecoded: {"__url__", "__key__", "jpg" or another ending: bytes, "cls": bytes}."""
-    source = {"url": url}  # to which webdataset adds the stream
-    try:
-        for sample in wds.tarfile_samples([source]):
+    with wds.gopen(url) as stream:
+        set_options(stream, ignore_errors=True)  # a command's status; it is ended early if only a part is read
+        for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
             if len(IMAGES & sample.keys()) != 1 or "cls" not in sample:
                 raise ValueError(f"sample {sample['__key__']} does not hold one image and one class")
             yield sample
-        while source["stream"].read(1 << 20):  # the padding; else a command that writes it would be killed
-            pass
-        source["stream"].close()  # raises an error if a command has failed
-    finally:
-        if "stream" in source:
-            set_options(source["stream"], ignore_errors=True)  # closed early, a command is killed: no error of ours
-            source["stream"].close()
 
 
 def reason(error):
@@ -1044,8 +1037,7 @@ def reason(error):
     text = error.args[0] if error.args else None
     if isinstance(error, HTTPError) or not isinstance(text, str):
         return first_line(error) if isinstance(error, OSError) else type(error).__name__
-    status = re.search(r"exit -?\d+(?= \(read\))", text)
-    return f"the command ended with {status[0]}" if status else re.split(r" @ <| dict_keys", text)[0]
+    return re.split(r" @ <| dict_keys", text)[0]
 
 
 def open_http(url, mode="rb", bufsize=None):
@@ -1186,7 +1178,6 @@ class Run:
         self.signal = 0
         self.second_after = math.inf  # before it a signal is a duplicate: a terminal and torchrun both send one
         self.workers_end = torch.tensor(False).share_memory_()
-        Finalize(None, self.workers_end.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
         for number in SIGNALS:
             signal.signal(number, self.note_signal)
 
@@ -1211,7 +1202,6 @@ class Run:
         if not number:
             return
         self.save()
-        self.workers_end.fill_(True)
         if self.args.rank == 0:
             what = "nothing was saved since the last whole epoch"
             if self.position:
@@ -1282,8 +1272,8 @@ class DeviceLoader:
                         self.run.save()
                 if step < common and (step % self.args.print_freq == 0 or not self.args.distributed):
                     self.run.stop_if_asked()  # among several ranks not at each step: it takes an all_reduce
-        except Exception:
-            self.run.workers_end.fill_(True)  # other workers may be waiting for a server
+        except BaseException:  # also of the training step
+            self.run.workers_end.fill_(True)  # they may be waiting for a server
             raise
 
     def to_device(self, images, target):

@@ -170,3 +170,10 @@ def test_no_network_for_pretrained(tmp_path):
     env = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     message = error_of("main-orig.py", *FAST, "--pretrained", cwd=tmp_path, env=env)
     assert "shufflenet" in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py", "makeshards.py"])
+def test_a_pattern_that_the_shell_expanded(script, tmp_path):
+    option = {"main-orig.py": "data", "main-wds.py": "--trainshards", "makeshards.py": "--index"}[script]
+    message = error_of(script, option, *(["a-0.tar"] if option[0] == "-" else []), "a-1.tar", "a-2.tar", cwd=tmp_path)
+    assert "a-2.tar; quote patterns such as 'a-{0..9}.tar'" in message

@@ -1,22 +1,19 @@
 """makeshards.py on each of the ways in which people hold ImageNet, and on folders of their own: the same shards."""
 
-import argparse
-import contextlib
 import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
-from conftest import error_of, load, run
+from conftest import error_of, run, run_command
 from PIL import Image
 from torchvision.datasets import ImageFolder, ImageNet, imagenet
 
@@ -51,17 +48,17 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def make(cwd, *options, env=None, status=0):
+def make(cwd, *options):
     """Write shards of 4 samples; what the command says."""
     (cwd / "shards").mkdir(exist_ok=True)
-    return run("makeshards.py", "--maxcount", 4, *options, cwd=cwd, env=env, status=status)[0]
+    return run("makeshards.py", "--maxcount", 4, *options, cwd=cwd)[0]
 
 
-def refused(cwd, *options, env=None):
+def refused(cwd, *options):
     """The one line of an error, when no shard is written."""
     (cwd / "shards").mkdir(exist_ok=True)
     before = tree(cwd / "shards")
-    message = error_of("makeshards.py", "--maxcount", 4, *options, cwd=cwd, env=env)
+    message = error_of("makeshards.py", "--maxcount", 4, *options, cwd=cwd)
     assert tree(cwd / "shards") == before
     return message
 
@@ -80,8 +77,9 @@ def assert_torchvisions(cwd, data="data", splits=("train", "val")):
             members |= content
         expected = {}
         for i, (path, label) in enumerate(found.imgs):
+            ending = os.path.splitext(path)[1][1:].lower().replace("jpeg", "jpg")
             with open(path, "rb") as file:
-                expected |= {f"{i:07d}.cls": b"%d" % label, f"{i:07d}.jpg": file.read()}
+                expected |= {f"{i:07d}.cls": b"%d" % label, f"{i:07d}.{ending}": file.read()}
         assert members == expected
         assert entry["num_samples"] == len(found)
 
@@ -140,46 +138,6 @@ def archives():
     }
 
 
-SITECUSTOMIZE = """
-import importlib.abc, json, os, sys
-
-class Without(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] == "scipy":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-given = json.loads(os.environ["LAYOUTS"])
-if given["without_scipy"]:
-    sys.meta_path.insert(0, Without())
-from torchvision.datasets import imagenet
-imagenet.ARCHIVE_META = {key: (name, given["md5"][name]) for key, (name, _) in imagenet.ARCHIVE_META.items()}
-extract = imagenet.extract_archive
-
-def watched(path, *args, **kwargs):
-    os.write(1, f"torchvision unpacks {os.path.basename(path)}\\n".encode())  # past what print() has not written yet
-    extract(path, *args, **kwargs)
-    if os.path.basename(path) == given["kill_after"]:
-        os.kill(os.getpid(), 9)
-
-imagenet.extract_archive = watched
-"""
-
-
-@pytest.fixture
-def patched(archives, tmp_path):
-    """A function for the environment in which torchvision takes our archives for the real ones, by their MD5 sums."""
-    lay(tmp_path, {"site/sitecustomize.py": SITECUSTOMIZE.encode()})
-    md5 = {name: hashlib.md5(data).hexdigest() for name, data in archives.items()}
-
-    def environment(without_scipy=False, kill_after=None):
-        given = {"md5": md5, "without_scipy": without_scipy, "kill_after": kill_after}
-        warnings = "error,ignore:Python 3.14 will"  # torchvision's way to unpack is to be forbidden
-        env = {"PYTHONPATH": str(tmp_path / "site"), "LAYOUTS": json.dumps(given), "PYTHONUNBUFFERED": ""}
-        return {**env, "PYTHONWARNINGS": warnings}
-
-    return environment
-
-
 def test_torchvisions_with_meta_bin(plain, archives, tmp_path, monkeypatch):
     """As torchvision.datasets.ImageNet leaves it, with the archives still there: they are not unpacked again."""
     data = lay(tmp_path / "data", archives)
@@ -188,84 +146,34 @@ def test_torchvisions_with_meta_bin(plain, archives, tmp_path, monkeypatch):
     train, val = (ImageNet(data, split) for split in ("train", "val"))
     assert (data / "meta.bin").exists() and val.classes[0] == (f"name of {WNIDS[0]}", "another")
     assert tree(data / "train") == TRAIN and tree(data / "val") == VAL
-    assert "unpacking" not in make(tmp_path)
+    make(tmp_path)
     assert_same(tmp_path, plain)
     assert json.loads((tmp_path / "shards/_info.json").read_text())["classes"] == train.wnids == val.wnids
 
 
-def test_torchvisions_archives_alone(plain, archives, patched, tmp_path):
-    """Refused in one line and nothing half unpacked, until all is right: then it says so, and unpacks."""
+def test_torchvisions_archives_alone(plain, archives, tmp_path):
+    """Refused with the commands that unpack them; once those have run, the shards are the same."""
     data = lay(tmp_path / "data", archives)
-    message = refused(tmp_path)  # not patched: these are not the archives of the MD5 sums that torchvision knows
-    assert ARCHIVES["train"] in message and "corrupted" in message
-    assert sorted(os.listdir(data)) == sorted(archives)
-    message = refused(tmp_path, env=patched(without_scipy=True))
-    assert "scipy" in message
-    assert tree(data / "train") == TRAIN and sorted(os.listdir(data)) == sorted([*archives, "train"])
-    devkit = (data / ARCHIVES["devkit"]).rename(tmp_path / "devkit")
-    assert ARCHIVES["devkit"] in refused(tmp_path, env=patched())
-    assert sorted(os.listdir(data)) == sorted({*archives, "train"} - {ARCHIVES["devkit"]})
-    devkit.rename(data / ARCHIVES["devkit"])
-    lines = make(tmp_path, env=patched()).splitlines()
-    says = f"unpacking ./data/{ARCHIVES['val']} to ./data/val, which takes as much disk again"
-    assert lines[:3] == [says, *(f"torchvision unpacks {ARCHIVES[name]}" for name in ("devkit", "val"))]
-    assert [line.partition(":")[0] for line in lines[3:]] == ["train", "val"]
+    message = refused(tmp_path)
+    assert "unpack them with torchvision and scipy" in message
+    code = re.search('python -c "(.*?)"', message)[1]
+    assert message.endswith(f"""python -c "{code}", and the same with 'val'""")
+    md5 = {split: (name, hashlib.md5(archives[name]).hexdigest()) for split, name in ARCHIVES.items()}
+    known = f"from torchvision.datasets import imagenet; imagenet.ARCHIVE_META = {md5}\n"  # take ours for the real ones
+    for split in ("train", "val"):
+        command = [sys.executable, "-c", known + code.replace("train", split)]
+        run_command(command, cwd=tmp_path, env={"PYTHONWARNINGS": "ignore"})
     assert tree(data / "train") == TRAIN and tree(data / "val") == VAL
-    assert sorted(os.listdir(data)) == sorted([*archives, "meta.bin", "train", "val"])
+    make(tmp_path)
     assert_same(tmp_path, plain)
 
 
-def test_unpacking_that_was_killed(plain, archives, patched, tmp_path):
-    """What is left of it is not taken for a whole folder, nor kept."""
-    data = lay(tmp_path / "data", archives)
-    stdout = make(tmp_path, env=patched(kill_after=f"{WNIDS[2]}.tar"), status=-9)
-    says = f"unpacking ./data/{ARCHIVES['train']} to ./data/train, which takes as much disk again"
-    assert stdout.splitlines()[:2] == [says, f"torchvision unpacks {ARCHIVES['train']}"]
-    assert not (data / "train").exists() and os.listdir(data / "train.unpacking")
-    lay(data / "train.unpacking", {"n00000000/leftover.JPEG": jpeg("leftover")})
-    lay(data / "val.unpacking", {"n00000000/leftover.JPEG": jpeg("leftover")})
-    stdout = make(tmp_path, env=patched(kill_after=ARCHIVES["val"]), status=-9)
-    assert stdout.count("unpacking ./data/") == 2 and tree(data / "train") == TRAIN
-    assert not (data / "val").exists() and set(FLAT) <= set(os.listdir(data / "val.unpacking"))
-    stdout = make(tmp_path, env=patched())
-    assert stdout.count("unpacking ./data/") == 1 and tree(data / "val") == VAL
-    assert not list(data.glob("*.unpacking"))
-    assert_same(tmp_path, plain)
-
-
-def test_two_runs_at_once_unpack_once(archives, tmp_path, monkeypatch):
-    """The second is refused, and leaves the first one's files alone."""
-    data = lay(tmp_path / "data", archives)
-    known = {split: (name, hashlib.md5(archives[name]).hexdigest()) for split, name in ARCHIVES.items()}
-    extract = imagenet.extract_archive
-    monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
-    monkeypatch.setattr(imagenet, "extract_archive", lambda *args, **more: (time.sleep(0.1), extract(*args, **more)))
-    makeshards = load("makeshards.py")
-    args = argparse.Namespace(data=str(data), splits=["train"])
-
-    def unpack():
-        with contextlib.suppress(makeshards.DataError):
-            makeshards.unpack(args)
-            os._exit(0)
-        os._exit(2)
-
-    fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=unpack) for _ in range(2)]
-    for process in runs:
-        process.start()
-        time.sleep(0.35)  # of about 0.6 that it takes
-    for process in runs:
-        process.join(60)
-    assert [process.exitcode for process in runs] == [0, 2]
-    assert tree(data / "train") == TRAIN and sorted(os.listdir(data)) == sorted([*archives, "train"])
-
-
-def test_verify_unpacks_nothing(plain, archives, patched, tmp_path):
-    """It writes nothing: where only the archives are left, the shards are compared with their index."""
-    data = lay(tmp_path / "data", archives)
-    stdout, _ = run("makeshards.py", "--verify", "--shards", plain / "shards", cwd=tmp_path, env=patched())
-    assert "nothing is wrong" in stdout and "unpacks" not in stdout
-    assert tree(data) == archives
+def test_one_archive_alone(plain, archives, tmp_path):
+    data = lay(tmp_path / "data", {ARCHIVES["val"]: archives[ARCHIVES["val"]]})
+    (data / "train").symlink_to(plain / "data/train")
+    message = refused(tmp_path)
+    assert "ImageNet('./data', 'val')" in message and "train" not in message
+    make(tmp_path, "--splits", "train")
 
 
 # ---------------------------------------------------------------------------- Kaggle's
@@ -332,29 +240,70 @@ def test_links(plain, tmp_path):
     assert_same(tmp_path, plain)
 
 
+def link_classes(folder, source, classes):
+    folder.mkdir(parents=True)
+    for name in classes:
+        (folder / name).symlink_to(source / name)
+
+
+def labels(cwd, split):
+    """{key: class} of a split's samples."""
+    found = {}
+    for path in sorted((cwd / "shards").glob(f"imagenet-{split}-*.tar")):
+        with tarfile.open(path) as shard:
+            for member in shard:
+                if member.name.endswith(".cls"):
+                    found[member.name[:-4]] = int(shard.extractfile(member).read())
+    return found
+
+
 def test_a_subset_of_the_classes(plain, tmp_path):
-    """Linked into both splits they are a dataset of its own, numbered from 0; in one split alone, an error."""
+    """Linked into both splits they are a dataset of their own, numbered from 0."""
     for split in ("train", "val"):
-        (tmp_path / "data" / split).mkdir(parents=True)
-        for wnid in WNIDS[1:4]:
-            (tmp_path / "data" / split / wnid).symlink_to(plain / "data" / split / wnid)
+        link_classes(tmp_path / "data" / split, plain / "data" / split, WNIDS[1:4])
     make(tmp_path)
     assert_torchvisions(tmp_path)
     assert json.loads((tmp_path / "shards/_info.json").read_text())["classes"] == WNIDS[1:4]
-    shutil.rmtree(tmp_path / "shards")
-    shutil.rmtree(tmp_path / "data/val")
+
+
+@pytest.mark.parametrize("runs", [["train,val"], ["train", "val"], ["val", "train"], ["train", "val without train/"]])
+def test_fewer_classes_in_val(runs, plain, tmp_path):
+    """They are numbered as in train/, or as in the index that is there, also if the splits are written one by one."""
+    link_classes(tmp_path / "data/train", plain / "data/train", WNIDS[:4])
+    link_classes(tmp_path / "data/val", plain / "data/val", [WNIDS[0], WNIDS[3]])
+    for splits in runs:
+        if "without" in splits:
+            shutil.rmtree(tmp_path / "data/train")
+        stdout = make(tmp_path, "--splits", splits.partition(" ")[0])
+        assert ("./data/val: 2 of the 4 training classes\n" in stdout) == ("val" in splits)
+    assert json.loads((tmp_path / "shards/_info.json").read_text())["classes"] == WNIDS[:4]
+    expected = [WNIDS.index(wnid) for wnid in sorted(TRUTH) if wnid in (WNIDS[0], WNIDS[3])]
+    assert list(labels(tmp_path, "val").values()) == expected
+    assert set(labels(tmp_path, "train").values()) == {0, 1, 2, 3}
+    stdout, _ = run("makeshards.py", "--verify", cwd=tmp_path)
+    assert "compared with the index and ./data" in stdout and "no problems found" in stdout
+
+
+def test_val_without_its_classes(plain, tmp_path):
+    """Neither train/ nor an index: there is nothing to number them by."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/val").symlink_to(plain / "data/val")
+    assert "data/train" in refused(tmp_path, "--splits", "val")
+
+
+def test_other_classes_in_val(plain, tmp_path):
+    link_classes(tmp_path / "data/train", plain / "data/train", WNIDS[1:4])
     (tmp_path / "data/val").symlink_to(plain / "data/val")
     message = refused(tmp_path)
-    assert f"val/ alone has 2 class folders, as {WNIDS[0]}, {WNIDS[4]}" in message and WNIDS[2] not in message
+    assert f"data/val: 2 class folders that train/ does not have, e.g. {WNIDS[0]}, {WNIDS[4]}" in message
 
 
-def test_classes_that_differ_are_named_and_counted():
-    makeshards = load("makeshards.py")
-    args, few, many = type("Args", (), {"data": "data"}), ["class 0", "class 2"], [f"class {i}" for i in range(9)]
-    for one, other in (("train", "val"), ("val", "train")):
-        with pytest.raises(makeshards.DataError, match=rf"{one}/ alone has 7 class folders, as class 1, .*, class 6$"):
-            makeshards.one_list_of_classes(args, {one: ([], many), other: ([], few)})
-    assert makeshards.one_list_of_classes(args, {"train": ([], many), "val": ([], many)}) == many
+def test_more_classes_than_outputs(tmp_path):
+    image = jpeg("one")
+    for split in ("train", "val"):
+        lay(tmp_path / "data" / split, {f"{i:04d}/x.jpg": image for i in range(1001 if split == "train" else 1)})
+    stdout = make(tmp_path, "--maxcount", 2000)
+    assert stdout.splitlines()[0] == "1001 classes, but main-wds.py's models have 1000 outputs"
 
 
 def test_folders_of_ones_own(tmp_path):

@@ -398,9 +398,11 @@ def test_a_password_is_never_printed(start, shards):
 
 
 def test_urls_that_nothing_opens(start, shards):
-    for args in (["--shards", "s3://b/imagenet"], ["--shards", shards, "--trainshards", "s3://b/imagenet-{0..1}.tar"]):
-        _, (line,) = start(*WDS, *args).finish(status=2, lines=1)
-        assert line.startswith("main-wds.py: s3://b/imagenet") and "pipe: and a command" in line
+    _, (line,) = start(*WDS, "--shards", "s3://b/imagenet").finish(status=2, lines=1)
+    assert line.startswith("main-wds.py: s3://b/imagenet") and "no gopen handler" in line
+    args = ["--shards", shards, "--trainshards", "s3://b/imagenet-{0..1}.tar"]
+    _, (line,) = start(*WDS, *args).finish(status=2, lines=1)
+    assert line.startswith("main-wds.py: s3://b/imagenet-0.tar") and "use a pipe: command" in line
 
 
 def test_a_gzip_encoded_index(start, tmp_path):

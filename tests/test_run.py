@@ -267,6 +267,19 @@ def test_makeshards_leaves_no_empty_folder(project):
     assert not (project / "shards").exists()
 
 
+def test_the_folder_is_the_callers(project, tmp_path):
+    """All commands read and write where they are called, and nothing in the project."""
+    before = snapshot(project)
+    run(project, "sample", "--train", "4", "--val", "1", cwd=tmp_path)
+    run(project, "makeshards", cwd=tmp_path)
+    run(project, "single", "--epochs", "1", *FAST, cwd=tmp_path)
+    run(project, "single", "--shards", "shards", "--evaluate", *FAST, cwd=tmp_path)
+    assert {"data", "shards", "checkpoint.pth.tar"} <= set(os.listdir(tmp_path))
+    run(project, "clean", cwd=tmp_path)
+    assert not {"data", "shards"} & set(os.listdir(tmp_path))
+    assert {path: state for path, state in snapshot(project).items() if "__pycache__" not in str(path)} == before
+
+
 def test_training(made):
     """In one process; test_readme.py has `multi`."""
     stdout, _ = run(made, "single", "--epochs", "1", *FAST)

@@ -18,7 +18,7 @@ from PIL import Image
 from test_plan import read as planned
 from test_plan import sizes
 
-main_wds, makeshards = load("main-wds.py"), load("makeshards.py")
+main_wds = load("main-wds.py")
 DataError = main_wds.DataError
 TRAIN, VAL = [13, 1, 0, 17, 16], [4, 0, 7]  # 47 and 11 samples: primes; fewer shards than 3 ranks x 3 workers
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -232,7 +232,7 @@ def test_any_part_of_a_shard(how, tmp_path, request):
             list(read(url, 2, length, length))
 
 
-@pytest.mark.parametrize("command", ["cat %s; exit 3", "head -c 5000 %s", "cat %s.not", "exit 1"])
+@pytest.mark.parametrize("command", ["head -c 5000 %s", "cat %s.not", "exit 1"])
 def test_a_command_that_fails(command, tmp_path):
     (tmp_path / "a.tar").write_bytes(tar(samples(range(5), b"%d" * 3000)))
     with pytest.raises(DataError, match=r"pipe:.*: (broken after \d of its 5|1) samples"):
@@ -257,7 +257,6 @@ def test_members_that_others_write(form, tmp_path):
         members.append((f"{key}.{'CLS' if key == 'a' else 'cls'}", b"7"))
         expected.append((key, b"7", image))
     (tmp_path / "a.tar").write_bytes(tar(members, form))
-    assert makeshards.check_shard(f"{tmp_path}/a.tar")[0] == len(keys)  # the index will have the number that is read
     assert list(read(tmp_path / "a.tar", 0, len(keys), len(keys))) == expected
     assert list(read(f"pipe:cat {tmp_path}/a.tar", 3, len(keys), len(keys))) == expected[3:]
 
@@ -357,7 +356,6 @@ MESSAGES = {  # name: (the shard's URL, what is wrong with it)
     "two images": ("%s/twice.tar", rf"{PLAIN}a\.jpg{PLAIN}|a\.jpg{PLAIN}"),
     "missing": ("%s/none.tar", r"\[Errno 2\] No such file or directory: '%s/none\.tar'"),
     "command": ("pipe:cat %s/cut.tar; exit 3", PLAIN),
-    "status": ("pipe:cat %s/whole.tar; exit 3", rf"{PLAIN}exit 3"),
     "missing in a command": ("pipe:cat %s/none.tar 2>&-", PLAIN),
     "no server": ("http://127.0.0.1:%d/a.tar", r"<urlopen error \[Errno \d+\] [\w ]+>"),
     "unknown": ("nowhere://a.tar", PLAIN),
