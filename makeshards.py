@@ -45,7 +45,7 @@ from pathlib import Path
 
 import webdataset as wds
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from tqdm import tqdm
 from webdataset.gopen import set_options
 from webdataset.shardlists import expand_urls
@@ -126,13 +126,14 @@ def count(number, thing):
 
 def main():
     for stream in (sys.stdout, sys.stderr):  # file names need not be valid in its encoding
-        stream.reconfigure(errors="backslashreplace")
+        if stream:  # it may be closed
+            stream.reconfigure(errors="backslashreplace")
     status = 2
     try:
         args = parse_args()
         pool = start_workers(args.workers)
         try:
-            task = write_index if args.index else verify if args.verify else write
+            task = write_index if args.index is not None else verify if args.verify else write
             sys.exit(task(args, pool))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -205,11 +206,15 @@ def class_folders(args, split):
     folder = split_folder(args, split)
     archive = os.path.join(args.data, f"ILSVRC2012_img_{split}.tar")
     if os.path.exists(archive) and not os.path.exists(folder):
-        code = f"from torchvision.datasets import ImageNet; ImageNet('{args.data}', '{split}')"
+        code = f"from torchvision.datasets import ImageNet; ImageNet({args.data!r}, '{split}')"
         command = f'python -c "{code}"' + (", and the same with 'val'" if split == "train" else "")
         fail(f"--data {args.data}: ImageNet's archives are there; unpack them with torchvision and scipy: {command}")
     try:
-        return find_classes(folder)[0]
+        names, _ = find_classes(folder)
+        dangling = [entry.name for entry in list(os.scandir(folder)) if not os.path.exists(entry.path)]
+        if dangling:
+            raise FileNotFoundError(f"{folder}/{dangling[0]} is a link to nothing")
+        return names
     except OSError as error:
         hint = "; if val/ is missing, add --splits train" if split == "val" else ""
         fail(f"--data {args.data}: {first_line(error)}; {split}/ must hold a folder of images for each class{hint}")
@@ -218,17 +223,29 @@ def class_folders(args, split):
 def find_images(args, split, classes):
     """[(path, class)] of the images of a split, in the order of torchvision's ImageFolder."""
     folder = split_folder(args, split)
-    if split == "val" and os.path.isdir(folder) and not next(os.walk(folder))[1]:  # no folders in it
+    if split == "val" and os.path.isdir(folder) and any(map(is_image, os.listdir(folder))):
         return find_flat_images(args, folder, classes)
     names = class_folders(args, split)
     check_classes(folder, names, classes)
     found = []
     try:
         for name in tqdm(names, desc=f"finding {split} images", unit=" classes", delay=3, leave=False):
-            found += make_dataset(folder, {name: classes.index(name)}, IMG_EXTENSIONS)
+            before = len(found)
+            for root, _, files in sorted(os.walk(os.path.join(folder, name), onerror=raise_error, followlinks=True)):
+                found += [(os.path.join(root, file), classes.index(name)) for file in sorted(files) if is_image(file)]
+            if len(found) == before:
+                raise FileNotFoundError(f"no images in {folder}/{name}")
     except OSError as error:
         fail(f"--data {args.data}: {first_line(error)}; {split}/ must hold a folder of images for each class")
     return found
+
+
+def is_image(name):
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def raise_error(error):
+    raise error
 
 
 def check_classes(folder, names, classes):
@@ -247,13 +264,13 @@ def find_flat_images(args, folder, classes):
     tables = [os.path.join(parent, "LOC_val_solution.csv") for parent in (args.data, f"{folder}/../../../..")]
     table = next(filter(os.path.exists, tables), None)
     if table is None:
-        fail(f"{folder}: no class folders; move its images into a folder for each class, as train/ has them, or put "
-             f"Kaggle's LOC_val_solution.csv into {args.data}")  # fmt: skip
+        fail(f"{folder}: images outside of class folders; move them into a folder for each class, as train/ has them, "
+             f"or put Kaggle's LOC_val_solution.csv into {args.data}")  # fmt: skip
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             wnids = {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     except (AttributeError, KeyError, IndexError, ValueError, csv.Error) as error:
-        fail(f"{table}: not Kaggle's table of ImageId and PredictionString ({error!r})")
+        fail(f"{table}: not Kaggle's table of ImageId and PredictionString ({type(error).__name__})")
     differing = sorted(wnids.keys() ^ {name for name in os.listdir(folder) if not name.startswith(".")})
     if differing:
         number = count(len(differing), "image")
@@ -266,11 +283,9 @@ def find_flat_images(args, folder, classes):
 
 def read_image(path, resize, quality, check):
     """(ending, bytes) of an image file; those of a JPEG if it is scaled. DataError if it is no image."""
-    ending = os.path.splitext(path)[1].lstrip(".").lower().replace("jpeg", "jpg")
+    ending = path.rpartition(".")[2].lower().replace("jpeg", "jpg")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block
-            raise ValueError("not a regular file")
-        data = Path(path).read_bytes()
+        data = read_file(path)
         if check:
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
@@ -284,7 +299,13 @@ def read_image(path, resize, quality, check):
         if isinstance(error, UnidentifiedImageError):
             what = "not an image" if data else "empty"
         what = what.partition(" <_io.")[0]  # without the address of the bytes
-        fail(f"{path}: can't be read as an image ({what}); fix or delete it, then run this again")
+        fail(f"{path}: can't be read as an image ({what}); fix it, then run this again")
+
+
+def read_file(path):
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block
+        raise OSError("not a regular file")
+    return Path(path).read_bytes()
 
 
 def scale(image, shorter_side, quality):
@@ -317,7 +338,7 @@ def plan_split(args, split, images, classes):
     names = [f"imagenet-{split}-{i:06d}.tar" for i in range(len(shards))]
     entry = index_entry(split, names, [len(shard) for shard in shards], [None] * len(shards))
     options = {name: getattr(args, name) for name in ("maxcount", "seed", "filekey", "resize", "quality")}
-    entry["plan"] = {"images": len(images), **options, "files": hash_names(samples, classes)}
+    entry["plan"] = {"images": len(images), **options, "files": hash_names(samples, classes, split_folder(args, split))}
     return entry, shards
 
 
@@ -344,12 +365,12 @@ def make_keys(args, images):
     return keys
 
 
-def hash_names(samples, classes):
-    """SHA-256 of the keys, classes and file names, in order. The files are not looked at: there may be millions."""
+def hash_names(samples, classes, folder):
+    """SHA-256 of the keys, classes and paths, in order. The files are not looked at: there may be millions."""
     digest = hashlib.sha256()
     for key, path, label in samples:
-        line = f"{key} {label} {classes[label]}/{os.path.basename(path)}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
+        name = path.removeprefix(f"{folder}/").removeprefix(f"{classes[label]}/")
+        digest.update(f"{key} {label} {classes[label]}/{name}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -383,15 +404,12 @@ def write(args, pool):
     index["classes"] = classes
     plans = {split: plan_split(args, split, find_images(args, split, classes), classes) for split in args.splits}
     for split, (entry, _) in plans.items():
-        earlier = find_earlier(args, index, split, entry["plan"])
-        if earlier:
-            entry["shard_sha256"] = earlier["shard_sha256"]
+        digests = known_digests(args, index, split, entry["plan"])
+        entry["shard_sha256"] = [digests.get(name) for name in entry["filenames"]]
     try:
         for split, (entry, shards) in plans.items():
             outcome = write_split(args, pool, index, split, entry, shards)
             print(f"{split}: {summary(entry)} {outcome}", flush=True)
-    except OSError as error:
-        fail(f"--shards {args.shards}: {first_line(error)}; run it again to resume")
     finally:
         pool.shutdown(cancel_futures=True)  # so that no worker still writes
         remove_leftovers(args.shards)
@@ -403,15 +421,21 @@ def remove_leftovers(folder):
         if re.fullmatch(r"(imagenet-\w+-\d+\.tar|(_info|\.\w+)\.json)\.tmp", name):
             os.unlink(os.path.join(folder, name))
     for split in INDEX_NAMES:
-        plan = os.path.join(folder, plan_name(split))
-        if os.path.exists(plan) and not list_shards(folder, split):
-            os.unlink(plan)
+        if not list_shards(folder, split):
+            remove_plan(folder, split)
+
+
+def remove_plan(folder, split):
+    for name in (plan_name(split), digests_name(split)):
+        if os.path.exists(os.path.join(folder, name)):
+            os.unlink(os.path.join(folder, name))
 
 
 def list_shards(folder, split):
     return sorted(glob.glob(f"imagenet-{split}-[0-9]*.tar", root_dir=folder))
 
 
+@functools.cache
 def lock(folder):
     """Refuse the folder if another run is writing to it. The lock is released when this process ends."""
     try:
@@ -422,48 +446,64 @@ def lock(folder):
         pass  # a file system without locks
 
 
-def find_earlier(args, index, split, plan):
-    """The entry of this split's shards that an earlier run wrote or began, or None; DataError if its plan differs."""
+def known_digests(args, index, split, plan):
+    """{shard: SHA-256} of those that an earlier run wrote; DataError if its plan differs."""
     name = INDEX
     earlier = index["splits"].get(INDEX_NAMES[split])
-    if not earlier:
-        name = plan_name(split)
-        earlier = read_index(args.shards, name)["splits"].get(INDEX_NAMES[split])
     stray = list_shards(args.shards, split)
     if stray and not earlier:
-        fail(f"--shards {args.shards}: {stray[0]} is there without an index; delete it or use another --shards")
-    differing = earlier and difference(earlier.get("plan", {}), plan)
+        name = plan_name(split)
+        earlier = read_index(args.shards, name)["splits"].get(INDEX_NAMES[split])
+        if not earlier:
+            fail(f"--shards {args.shards}: {stray[0]} is there without an index; delete it or use another --shards")
+    if not earlier:
+        return {}
+    differing = difference(earlier.get("plan", {}), plan)
     if differing:
         what = f"its {split} shards were written with other options or images ({differing})"
-        fail(f"--shards {args.shards}: {what}; use another --shards, or delete them and {name}")
-    return earlier
+        fail(f"--shards {args.shards}: {what}; use another --shards")
+    if name == INDEX:
+        return dict(zip(earlier["filenames"], earlier["shard_sha256"], strict=True))
+    return read_digests(os.path.join(args.shards, digests_name(split)))
+
+
+# What is known of an unfinished split: its plan, as an index without digests, and the digests of the shards so far.
 
 
 def plan_name(split):
-    """The index of an unfinished split: without digests, and not all of its shards are there."""
     return f".{split}.json"
+
+
+def digests_name(split):
+    return f".{split}.sha256"
+
+
+def read_digests(path):
+    """{shard: SHA-256}, from lines as sha256sum writes them. A shard whose line is missing is written again."""
+    if not os.path.exists(path):
+        return {}
+    return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", Path(path).read_text(), re.M)}
 
 
 def write_split(args, pool, index, split, entry, shards):
     """Write the missing shards of a split, then name them all in the index. Returns the outcome in words."""
-    plan_path = os.path.join(args.shards, plan_name(split))
     if entry["name"] not in index["splits"]:
-        write_json(plan_path, {"splits": {entry["name"]: entry}})
+        write_json(os.path.join(args.shards, plan_name(split)), {"splits": {entry["name"]: entry}})
     paths = [os.path.join(args.shards, name) for name in entry["filenames"]]
-    task = functools.partial(write_shard, plan=entry["plan"], check=args.check)
+    digests_path = os.path.join(args.shards, digests_name(split))
+    task = functools.partial(write_shard, plan=entry["plan"], check=args.check, digests_path=digests_path)
     jobs = zip(paths, entry["shard_sha256"], shards, strict=True)
     results = list(in_parallel(pool, task, jobs, split, entry["num_samples"]))
     problems = [message for *_, messages in results for message in messages]
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
-        fail(f"--check: {count(len(problems), f'bad {split} image')}, listed above; fix or delete them")
+        fail(f"--check: {count(len(problems), f'bad {split} image')}, listed above; fix them, then run this again")
     written = sum(is_new for _, _, is_new, _ in results)
     if written or entry["name"] not in index["splits"]:
         entry["shard_sha256"] = [sha256 for _, sha256, _, _ in results]
         index["splits"][entry["name"]] = entry
         write_json(os.path.join(args.shards, INDEX), index)
-    if os.path.exists(plan_path):
-        os.unlink(plan_path)
+    remove_plan(args.shards, split)
     kept = len(paths) - written
     outcome = f"written, {kept} of the shards earlier" if kept else "written"
     if not written:
@@ -471,32 +511,35 @@ def write_split(args, pool, index, split, entry, shards):
     return f"{outcome}, not checked: --verify --check does it" if args.check and kept else outcome
 
 
-def write_shard(path, known, samples, plan, check):
+def write_shard(path, known, samples, plan, check, digests_path):
     """In a worker: (samples, SHA-256, whether it was written now, messages on bad images) of a shard.
 
-    A shard that is there is complete. It stays, unless its SHA-256 is known and differs.
+    A shard that is there stays if its SHA-256 is the known one.
     """
-    if os.path.exists(path):
-        sha256 = hash_file(path)
-        if known in (None, sha256):
-            return len(samples), sha256, False, []
+    if known and os.path.exists(path) and hash_file(path) == known:
+        return len(samples), known, False, []
     problems = []
-    with open(f"{path}.tmp", "wb") as file:
-        with wds.TarWriter(file, user="", group="", encoder=False, mtime=0) as tar:  # the same bytes each time
-            for key, image, label in samples:
-                try:
-                    ending, data = read_image(image, plan["resize"], plan["quality"], check)
-                    tar.write({"__key__": key, "cls": b"%d" % label, ending: data})
-                except DataError as error:
-                    if not check:
-                        raise
-                    problems.append(str(error))
-        file.flush()
-        os.fsync(file.fileno())
-    if problems:
-        return len(samples), None, False, problems
-    sha256 = hash_file(f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            with wds.TarWriter(file, user="", group="", encoder=False, mtime=0) as tar:  # the same bytes each time
+                for key, image, label in samples:
+                    try:
+                        ending, data = read_image(image, plan["resize"], plan["quality"], check)
+                        tar.write({"__key__": key, "cls": b"%d" % label, ending: data})
+                    except DataError as error:
+                        if not check:
+                            raise
+                        problems.append(str(error))
+            file.flush()
+            os.fsync(file.fileno())
+        if problems:
+            return len(samples), None, False, problems
+        sha256 = hash_file(f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+        with open(digests_path, "a") as file:
+            file.write(f"{sha256}  {os.path.basename(path)}\n")
+    except OSError as error:
+        fail(f"{path}: can't be written ({error.strerror}); run this again to resume")
     return len(samples), sha256, True, []
 
 
@@ -510,15 +553,20 @@ def hash_file(path):
 
 def write_json(path, value):
     """Write the file completely or not at all, and not before what was renamed earlier is on disk."""
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some file systems can't
-        os.fsync(folder)
-    os.close(folder)
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some file systems can't
+            os.fsync(folder)
+        os.close(folder)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        if os.path.exists(f"{path}.tmp"):
+            os.unlink(f"{path}.tmp")
+        fail(f"{path}: can't be written ({error.strerror})")
 
 
 # ---------------------------------------------------------------------------- verifying
@@ -542,14 +590,14 @@ def verify(args, pool):
         way_out = ": run the command that wrote the shards again to replace them" if written_here else ""
         print(f"{count(len(damaged), 'problem')} of the shards{way_out}")
     if differing:
-        print(f"{count(len(differing), 'difference')} from the images: write those to another --shards")
+        print(f"{count(len(differing), 'problem')} with the images: fix them, then write them to another --shards")
     if not damaged and not differing:
         print("no problems found")
     return 1 if damaged or differing else 0
 
 
 def verify_split(args, pool, index, split, damaged, differing):
-    """Add messages to both lists: what is wrong with the split's shards, and how the images in --data differ."""
+    """Add messages to both lists: what is wrong with the split's shards, and with the images in --data or in them."""
     entry = index["splits"][INDEX_NAMES[split]]
     paths = [os.path.join(args.shards, name) for name in entry["filenames"]]
     planned = [()] * len(paths)
@@ -566,17 +614,16 @@ def verify_split(args, pool, index, split, damaged, differing):
     jobs = zip(paths, entry["shard_lengths"], planned, strict=True)
     results = in_parallel(pool, task, jobs, split, entry["num_samples"])
     first = {}
-    for path, known, (_, sha256, keys, bad) in zip(paths, entry["shard_sha256"], results, strict=True):
+    for path, known, (_, sha256, keys, bad, images) in zip(paths, entry["shard_sha256"], results, strict=True):
         for key in keys:
             if key in first:
                 bad.append(f"{path}: sample {key} is also in {first[key]}")
             first[key] = path
-        if not bad and known not in (None, sha256):
-            bad.append(f"{path}: not the bytes that were written, by their SHA-256")
-        if known == sha256 and planned[0]:
-            differing += bad
-        else:
-            damaged += bad
+        if known not in (None, sha256):  # then the shard is to blame
+            bad = bad + images or [f"{path}: not the bytes that were written, by their SHA-256"]
+            images = []
+        damaged += bad
+        differing += images
     decoded = "" if args.check else "; images not decoded (see --check)"
     number = f"{count(len(paths), 'shard')}, {count(len(first), 'sample')}"
     print(f"{split}: {number}, compared with {compared}{decoded}", flush=True)
@@ -586,8 +633,8 @@ def plan_again(args, split, index):
     """The samples of each shard, as the images in --data give them now; DataError if those are not the shards'."""
     entry = index["splits"][INDEX_NAMES[split]]
     folder = split_folder(args, split)
-    classes = class_folders(args, "train") if os.path.isdir(split_folder(args, "train")) else index["classes"]
-    if classes != index["classes"]:
+    classes = class_folders(args, "train") if os.path.isdir(split_folder(args, "train")) else index.get("classes")
+    if classes != index.get("classes"):
         fail(f"{folder}: its images are not those of the shards (classes)")
     options_then = argparse.Namespace(**{**vars(args), **entry["plan"]})
     plan, shards = plan_split(options_then, split, find_images(args, split, classes), classes)
@@ -598,12 +645,13 @@ def plan_again(args, split, index):
 
 
 def check_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_bytes=False, decode=False):
-    """In a worker: (samples, SHA-256, keys, messages on what is wrong) of a shard.
+    """In a worker: (samples, SHA-256, keys, messages on the shard, messages on its images) of a shard.
 
     It is read into memory, about 115 MB of ImageNet. Its samples must be those of `planned`, if there are any.
     """
     keys = []
     problems = []
+    images = []
     data = b""
     files = {key: file for key, *file in planned}
     try:
@@ -612,36 +660,39 @@ def check_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_byte
             data = stream.read()
         for sample in tar_samples(data):
             keys.append(sample["__key__"])
-            what = fault(sample, files, num_classes, same_bytes, decode)
+            name = f"{url}: sample {keys[-1]}"
+            label = int(sample["cls"]) if (sample.get("cls") or b"").strip().isdigit() else num_classes
+            if sample.get("image") is None or label >= num_classes:
+                problems.append(f"{name} does not hold one image and one valid class")
+                continue
+            path, wanted = files.get(keys[-1], (None, None if planned else label))
+            what = compare(sample["image"], path if same_bytes else None, decode)
+            if label != wanted:
+                what = f"of class {label} is not one of the images"
             if what:
-                problems.append(f"{url}: sample {keys[-1]} {what}")
+                images.append(f"{name} {what}")
         if length not in (None, len(keys)):
             problems.append(f"{url}: {count(len(keys), 'sample')}, but {length} by the index")
     except FileNotFoundError:
         problems.append(f"{url}: no such shard")
     except Exception as error:  # a damaged tar may raise nearly anything
         problems.append(f"{url}: broken after {count(len(keys), 'sample')} ({first_line(error)})")
-    return len(keys), hashlib.sha256(data).hexdigest(), keys, problems
+    return len(keys), hashlib.sha256(data).hexdigest(), keys, problems, images
 
 
-def fault(sample, files, num_classes, same_bytes, decode):
-    """What is wrong with a sample, or None; files: {key: (path, class)} of the images, if they are there."""
-    image = sample.get("image")
-    cls = sample.get("cls") or b""
-    label = int(cls) if cls.strip().isdigit() else num_classes
-    if image is None or label >= num_classes:
-        return "does not hold one image and one valid class"
-    path, wanted = files.get(sample["__key__"], (None, None if files else label))
-    if label != wanted:
-        return f"of class {label} is not one of the images"
+def compare(image, path, decode):
+    """What is wrong with an image, or how it differs from its file, if there is a path; or None."""
     if decode:
         try:
             with Image.open(io.BytesIO(image)) as opened:
                 opened.load()
         except Exception as error:
             return f"can't be decoded ({first_line(error).partition(' <_io.')[0]})"
-    if path and same_bytes and image != Path(path).read_bytes():
-        return f"does not hold the bytes of {path}"
+    try:
+        if path and image != read_file(path):
+            return f"does not hold the bytes of {path}"
+    except OSError as error:
+        return f"can't be compared: {path}: {error.strerror or error}"
     return None
 
 
@@ -687,6 +738,8 @@ def open_tar(data):
 
 
 def open_shard(url):
+    if is_local(url):
+        return open(url, "rb")
     if url.startswith(("http://", "https://")):  # webdataset's curl would not say what is wrong
         return urllib.request.urlopen(url, timeout=60)
     return wds.gopen(url)
@@ -712,23 +765,31 @@ def read_index(folder, name=INDEX):
                     raise ValueError(f"{name} has {length} samples")
             if sum(lengths) != entry["num_samples"] or len(set(names)) < len(names):
                 raise ValueError("filenames, shard_lengths and num_samples do not agree")
+            if not isinstance(entry.get("plan", {}), dict) or not isinstance(index.get("classes", []), list):
+                raise ValueError("plan or classes")
         return index
     except FileNotFoundError:
         return {"splits": {}}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        fail(f"{path}: not an index of shards ({what}); delete it, and write another with --index")
+        fail(f"{path}: not an index of shards ({what}); delete it, then write it again")
 
 
 def write_index(args, pool):
     """Count the samples of shards and name them in an index: beside the shards if they are local, else in --shards."""
     urls = expand(args.index)
+    if len(set(urls)) < len(urls):
+        fail(f"--index {args.index}: names a shard twice")
+    for url in urls:
+        if re.search(r"[:|;?<>'\"]", os.path.basename(url)):
+            fail(f"--index {url}: must end in the shard's file name")
     folder, *others = sorted({os.path.dirname(url) or "." for url in urls})
     if others:
         fail(f"--index {args.index}: in {folder} and {others[0]}; an index is of the shards in one folder")
-    folder = folder if os.path.isdir(folder) else args.shards
+    folder = folder if is_local(urls[0]) else args.shards
     if not os.path.isdir(folder):
         fail(f"--index {args.index}: no folder {folder} for the index; create it: mkdir {shlex.quote(folder)}")
+    lock(folder)
     path = os.path.join(folder, INDEX)
     index = read_index(folder)
     alone = len(args.splits) == 1
@@ -742,18 +803,16 @@ def write_index(args, pool):
             fail(f"{path}: names {split} shards already; delete it first")
         lengths = []
         digests = []
-        for length, sha256, _, bad in in_parallel(pool, check_shard, zip(chosen), split):
-            if bad:
-                fail(f"--index {args.index}: {bad[0]}")
+        results = in_parallel(pool, check_shard, zip(chosen), split)
+        for url, (length, sha256, keys, bad, _) in zip(chosen, results, strict=True):
+            if bad or len(set(keys)) < len(keys) or not keys:
+                fail(bad[0] if bad else f"{url}: no samples, or two of the same key")
             lengths.append(length)
             digests.append(sha256)
         entry = index_entry(split, list(map(os.path.basename, chosen)), lengths, digests)
         index["splits"][entry["name"]] = entry
         print(f"{split}: {summary(entry)}", flush=True)
-    try:
-        write_json(path, index)
-    except OSError as error:
-        fail(f"{folder}: can't write {INDEX} there ({error.strerror})")
+    write_json(path, index)
     print(f"written to {path}")
 
 
@@ -765,9 +824,12 @@ def expand(pattern):
         fail(f"{pattern}: {first_line(error)}")
     found = []
     for url in urls:
-        is_local = not ("://" in url or url.startswith("pipe:"))
-        found += (sorted(glob.glob(url)) or fail(f"{url}: no shard matches")) if is_local else [url]
+        found += (sorted(glob.glob(url)) or fail(f"{url}: no shard matches")) if is_local(url) else [url]
     return found
+
+
+def is_local(url):
+    return not ("://" in url or url.startswith("pipe:"))
 
 
 if __name__ == "__main__":

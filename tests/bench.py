@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Measure what shards give: loading alone, then training, from shards and from folders in turn.
+"""Measure the gain from shards: loading only, then training, alternating between shards and folders.
 
     ./run bench                                  on ./data and ./shards, or on a sample made for it
-    ./run bench --quick                          loading only, on few images: within two minutes
+    ./run bench --quick                          loading only, on few images: two minutes
     ./run bench --only loading -j 16             the loaders without a network, with 16 workers
     ./run bench --only loading --cold            from the disk: for data that does not fit in memory
     ./run bench --only training --steps 500 -a resnet50 -b 256 -j 16      on ImageNet: an epoch's first 500 steps
-    ./run bench --decode pil                     one decoder for all: what the shards alone give
+    ./run bench --decode pil                     the same decoder for all: the effect of the shards only
 
-Loading: each way of reading by itself, `dummy` (a loader that reads and decodes nothing) and the ceiling (decoding and
-augmenting the same files' bytes in memory, a process a worker, without a loader). Training: main-wds.py, from shards
-with its own decoder and from folders with the original's, unless --decode is given; a process and an epoch each.
+Loading: each way of reading by itself, `dummy` (a loader that neither reads nor decodes) and the ceiling (decoding and
+augmenting the same bytes from memory in one process per worker, without a loader). Training: main-wds.py, from shards
+with its own decoder and from folders with the original's, unless --decode is given; one process and one epoch each.
 
-All take turns, round by round; the first round warms up and is not counted. Ratios are taken within a round, and their
-median told with the lowest and the highest. Images/s count from the start of the workers, in training from the first
-batch's wait, to the last batch. bench.json gets a record of each run, bench.png a chart.
+All rows take turns in each round; the first round is a warm-up. Ratios are taken within a round and printed as median
+(minimum-maximum). Images/s include the start of the workers; in training they start with the wait for the first batch.
+bench.json gets a record of each run, bench.png a chart.
 
---cold drops the files that a run will read from memory; what else the system keeps, as the folders' listings, stays.
-Of a dataset larger than --images a run reads files drawn at random, or whole shards: more --images tell more there.
+--cold evicts the files that a run will read from memory; other caches, such as directory listings, stay. Of a dataset
+larger than --images, a run reads files drawn at random, or whole shards; more --images are more representative there.
 """
 
 import argparse
@@ -407,14 +407,14 @@ def ratios(result, row, base):
 
 
 def spread(numbers):
-    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
+    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f}-{max(numbers):.2f})"
 
 
 def table(result, accuracy):
     """Print the median of each row's runs, and its ratio to the first row."""
     width, base, training = max(len(row.name) for row in result.rows), result.rows[0].name, result.part == "training"
     columns = f"  waiting  train loss  {accuracy}" if training else ""
-    say(f"\n{result.part:<{width}}  images/s  first batch{columns}  times {base}")
+    say(f"\n{result.part:<{width}}  images/s  first batch{columns}  relative to {base}")
     for row in result.rows:
         line = f"{row.name:<{width}}  {statistics.median(values(result, row.name)):8.1f}"
         for key, form, unit in COLUMNS if training else COLUMNS[:1]:
@@ -434,28 +434,28 @@ def explain(result, normalise, device):
             say(f"Training from {names[1]} is {spread(ratios(result, *names[::-1]))} times as fast as from {names[0]}.")
         return
     for row, base, words in (
-        ("wds/tensor", "orig/pil", "In all"),
-        ("wds/tensor", "orig/tensor", "The shards' part"),
-        ("wds/pil", "orig/pil", "The shards' part with Pillow"),
-        ("orig/tensor", "orig/pil", "The decoder's part"),
-        (resized, str(resized).partition(",")[0], "Images made smaller beforehand"),
+        ("wds/tensor", "orig/pil", "Total"),
+        ("wds/tensor", "orig/tensor", "Shards only"),
+        ("wds/pil", "orig/pil", "Shards only, with Pillow"),
+        ("orig/tensor", "orig/pil", "Decoder only"),
+        (resized, str(resized).partition(",")[0], "Smaller images"),
     ):
         if row in names and base in names:
             say(f"{words}: {row} loads {spread(ratios(result, row, base))} times as fast as {base}.")
     row = next(row for row in ("wds/tensor", "wds/pil", "orig/tensor", "orig/pil") if row in names)
     share = ratios(result, row, f"ceiling {row.partition('/')[2]}")
-    say(f"{row} reaches {spread(share)} of its ceiling, which is the same decoding without a loader,")
+    say(f"{row} reaches {spread(share)} of its ceiling, the same decoding without a loader,")
     if "tensor" in row:
-        say(f"and {spread(ratios(result, row, V2))} of the ceiling that torchvision's own transforms would have.")
+        say(f"and {spread(ratios(result, row, V2))} of the ceiling with torchvision's own transforms.")
     if work := own_work(result):
-        say(f"dummy, the loader's own work: {work:.0f} microseconds an image after the first batch.")
+        say(f"dummy, the loader's own work: {work:.0f} microseconds per image after the first batch.")
     if "tensor" in row:
-        say(f"Workers hand over tensor rows as bytes. Normalising them on the {device}, not counted above, takes")
-        say(f"{normalise:.0f} microseconds an image.")
+        say(f"Workers return tensor rows as bytes. Normalizing them on the {device}, not included above, takes")
+        say(f"{normalise:.0f} microseconds per image.")
 
 
 def own_work(result):
-    """Microseconds an image that the dummy takes, once the workers have started; 0 if it was but one batch."""
+    """Microseconds per image that the dummy takes, once the workers have started; 0 if it was but one batch."""
     runs = [run for run in result.runs if run["row"] == "dummy" and not run["warm_up"]]
     rest = [(run["seconds"] - run["first_batch"]) / max(run["images"] - run["batch_size"], 1) for run in runs]
     return 1e6 * statistics.median(rest)
@@ -578,7 +578,7 @@ def check_args(args, rest):
 
 
 def measure(args, rest, wanted):
-    """The results of the parts, and microseconds an image for normalising."""
+    """The results of the parts, and microseconds per image for normalizing."""
     sample = os.path.exists(f"data/{MARK}") or not (os.path.lexists("data") or os.path.exists(f"shards/{INDEX}"))
     results, normalise = [], None
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as scratch:  # on the disk that is measured

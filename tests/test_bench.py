@@ -46,7 +46,7 @@ def rates(report, part, row):
 def spread(report, part, row, base):
     """The median of the ratios, each of one round, as it is printed."""
     ratios = [a / b for a, b in zip(rates(report, part, row), rates(report, part, base), strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,8 @@ def test_what_is_printed_follows_from_the_records(report):
     ):
         assert f": {row} loads {spread(json, 'loading', row, base)} times as fast as {base}.\n" in stdout
     assert f"wds/tensor reaches {spread(json, 'loading', 'wds/tensor', 'ceiling tensor')} of its ceiling" in stdout
-    assert f"and {spread(json, 'loading', 'wds/tensor', 'ceiling v2')} of the ceiling that torchvision's" in stdout
-    assert f"takes\n{json['normalising_us_per_image']:.0f} microseconds an image" in stdout
+    assert f"and {spread(json, 'loading', 'wds/tensor', 'ceiling v2')} of the ceiling with torchvision's own" in stdout
+    assert f"takes\n{json['normalising_us_per_image']:.0f} microseconds per image" in stdout
     assert json["machine"]["decoder"] == bench.script().jpeg_decoder()[0]
     decoder = f"; tensor: {json['machine']['decoder']}; "
     for word in (json["machine"]["cpu"], json["machine"]["versions"]["torch"], decoder, "n = 2", json["command"]):
@@ -110,10 +110,10 @@ def test_both_parts_with_one_decoder_of_files_that_are_cold(small, tmp_path):
     pairs = ["orig/pil", "wds/pil"]
     assert rows_of(json, "loading") == [*pairs, "wds/pil, 256 px", "dummy", "ceiling pil"]
     assert rows_of(json, "training") == pairs and chart and json["cold"]
-    assert "; cold: " in stdout and "decoder's part" not in stdout and "Normalising" not in stdout
+    assert "; cold: " in stdout and "Decoder only" not in stdout and "Normalizing" not in stdout
     check_table(stdout, json, "loading")
     check_table(stdout, json, "training")
-    assert f"shards' part with Pillow: wds/pil loads {spread(json, 'loading', *pairs[::-1])} times" in stdout
+    assert f"Shards only, with Pillow: wds/pil loads {spread(json, 'loading', *pairs[::-1])} times" in stdout
     ratio = spread(json, "training", *pairs[::-1])
     assert f"Training from wds/pil is {ratio} times as fast as from orig/pil.\n" in stdout
     last = json["runs"][-1]

@@ -225,6 +225,12 @@ def test_kaggles_table_that_does_not_fit(case, kaggle, tmp_path):
     assert case == "another table" or first.removesuffix(".JPEG") in message
 
 
+def test_kaggles_with_a_folder(kaggle, tmp_path):
+    """It does not make the images beside it disappear."""
+    lay(kaggle / "val", {f"{WNIDS[0]}/extra.JPEG": jpeg("extra")})
+    assert f"they differ in 1 image, e.g. {WNIDS[0]}" in refused(tmp_path, "--data", "kaggle")
+
+
 # ---------------------------------------------------------------------------- links, subsets, and folders of one's own
 
 
@@ -336,7 +342,10 @@ def test_val_missing_empty_or_flat(plain, tmp_path):
     assert "data/val" in message and "folder" in message
     lay(tmp_path / "data/val", FLAT)
     message = refused(tmp_path)
-    assert message.startswith("makeshards.py: ./data/val: no class folders") and "LOC_val_solution.csv" in message
+    assert (
+        message.startswith("makeshards.py: ./data/val: images outside of class folders")
+        and "LOC_val_solution.csv" in message
+    )
     assert "a folder for each class, as train/ has them" in message
     shutil.rmtree(tmp_path / "data/val")
     stdout = make(tmp_path, "--splits", "train")

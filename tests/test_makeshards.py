@@ -83,7 +83,7 @@ def test_imagenet_has_1282_and_50_shards():
     makeshards, pair = load("makeshards.py"), load("main-orig.py")
 
     class Args:
-        maxcount, seed, filekey, resize, quality = 1000, 0, False, None, None
+        data, maxcount, seed, filekey, resize, quality = "data", 1000, 0, False, None, None
 
     shapes = {}
     for split, size in (("train", pair.TRAIN_SIZE), ("val", pair.VAL_SIZE)):
@@ -197,7 +197,7 @@ def test_a_bad_image_may_be_fixed_or_changed(pets):
     stdout, _ = run("makeshards.py", "--verify", cwd=pets, status=1)
     assert stdout.splitlines()[-2:] == [
         "./shards/imagenet-val-000000.tar: sample 0000000 does not hold the bytes of ./data/val/cat/cat_0.jpg",
-        "1 difference from the images: write those to another --shards",
+        "1 problem with the images: fix them, then write them to another --shards",
     ]
 
 
@@ -221,8 +221,8 @@ def test_refusals(case, pets):
         "flat": "data/val",
         "empty class": "dog",
         "classes": "bird",
-        "empty file": "cat/cat_1.jpg: can't be read as an image (empty); fix or delete it",
-        "text": "cat/cat_1.jpg: can't be read as an image (not an image); fix or delete it",
+        "empty file": "cat/cat_1.jpg: can't be read as an image (empty); fix it",
+        "text": "cat/cat_1.jpg: can't be read as an image (not an image); fix it",
         "no shards": "mkdir ./shards",
     }[case]
     if case == "no data":
@@ -262,13 +262,116 @@ def test_shards_of_something_else_are_left_alone(pets):
     assert "imagenet-train-000000.tar is there without an index" in error_of("makeshards.py", cwd=pets)
 
 
+def test_a_fifo_among_the_images(pets):
+    """Opening it would wait for ever."""
+    (pets / "data/val/dog/dog_1.jpg").unlink()
+    os.mkfifo(pets / "data/val/dog/dog_1.jpg")
+    assert "dog_1.jpg: can't be read as an image (not a regular file)" in error_of("makeshards.py", cwd=pets)
+
+
+def test_a_fifo_in_place_of_an_image_that_was_written(pets):
+    run("makeshards.py", cwd=pets)
+    (pets / "data/val/dog/dog_1.jpg").unlink()
+    os.mkfifo(pets / "data/val/dog/dog_1.jpg")
+    stdout, _ = run("makeshards.py", "--verify", cwd=pets, status=1)
+    assert "can't be compared: ./data/val/dog/dog_1.jpg: not a regular file" in stdout
+
+
+def test_an_image_without_a_name(pets):
+    shutil.copy(pets / "data/val/cat/cat_1.jpg", pets / "data/val/cat/.jpg")
+    run("makeshards.py", cwd=pets)
+    assert "0000000.jpg" in dict(members(pets / "shards", "val"))
+
+
+def unfinished(pets):
+    """Shards of one sample each, of which some of the training split are missing: the last image is empty."""
+    for i in (0, 1):
+        (pets / f"data/train/cat/{'ab'[i]}").mkdir()
+        for n in (1, 2):
+            os.rename(pets / f"data/train/{('cat', 'dog')[i]}/{('cat', 'dog')[i]}_{n}.jpg",
+                      pets / f"data/train/cat/{'ab'[i]}/{n}.jpg")  # fmt: skip
+    bad = pets / "data/train/cat/b/2.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    error_of("makeshards.py", "--maxcount", 1, "--workers", 1, cwd=pets)
+    assert any((pets / "shards").glob("*.tar"))
+    bad.write_bytes(good)
+
+
+def test_a_renamed_folder_is_noticed(pets):
+    """Also one below a class, after which the same names have another order."""
+    unfinished(pets)
+    os.rename(pets / "data/train/cat/a", pets / "data/train/cat/z")
+    assert "(other files)" in error_of("makeshards.py", "--maxcount", 1, cwd=pets)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9000], lambda data: data[:600] + b"x" + data[601:]])
+def test_a_damaged_shard_of_an_unfinished_split(damage, pets):
+    """It is known by its digest, and written again."""
+    unfinished(pets)
+    shard = min((pets / "shards").glob("*.tar"))
+    good = shard.read_bytes()
+    shard.write_bytes(damage(good))
+    run("makeshards.py", "--maxcount", 1, cwd=pets)
+    assert shard.read_bytes() == good
+    run("makeshards.py", "--maxcount", 1, "--verify", "--check", cwd=pets)
+    assert not list((pets / "shards").glob(".*"))
+
+
+def test_a_class_folder_that_is_a_link_to_nothing(pets):
+    """Without it the others would have other numbers."""
+    shutil.rmtree(pets / "data/train/cat")
+    (pets / "data/train/cat").symlink_to("/nowhere")
+    assert "./data/train/cat is a link to nothing" in error_of("makeshards.py", cwd=pets)
+
+
+def test_index_of_nothing_or_of_odd_names(pets):
+    (pets / "empty.tar").write_bytes(bytes(10240))
+    (pets / "a:b.tar").write_bytes(bytes(10240))
+    for pattern, text in (
+        ("", "matches"), ("empty.tar", "no samples"), ("{e,e}mpty.tar", "names a shard twice"),
+        ("a:b.tar", "must end in the shard's file name"), ("pipe:cat empty.tar; true", "must end in"),
+    ):  # fmt: skip
+        assert text in error_of("makeshards.py", "--splits", "train", "--index", pattern, cwd=pets)
+    assert not (pets / "_info.json").exists()
+
+
+def test_workers_that_cannot_start(pets):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
+    command = [sys.executable, str(ROOT / "makeshards.py"), "--workers", "60"]
+    done = subprocess.run(command, cwd=pets, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+    assert done.returncode == 2 and nothing_written(pets / "shards")
+    assert re.fullmatch(r"makeshards.py: --workers 60: can't start them \(.*Too many open files.*\)\n", done.stderr)
+
+
+def test_hints_fit_the_command(pets):
+    assert error_of("makeshards.py", "--shards", "x y", cwd=pets).endswith("mkdir 'x y'")
+    shutil.rmtree(pets / "data/val")
+    assert "add --splits train" in error_of("makeshards.py", cwd=pets)
+    shutil.rmtree(pets / "data/train")
+    message = error_of("makeshards.py", "--splits", "train", cwd=pets)
+    assert "val" not in message and "data/train" in message
+
+
+def test_errors_show_no_objects(pets):
+    """Pillow's texts may have the address of the bytes."""
+    image = Image.open(pets / "data/val/cat/cat_1.jpg")
+    image.save(pets / "data/val/cat/cat_1.bmp")
+    data = (pets / "data/val/cat/cat_1.bmp").read_bytes()
+    for content in (data[:20], data[:60], b"BM" + bytes(100), data[:14] + b"\xff" * 40):
+        (pets / "data/val/cat/cat_1.bmp").write_bytes(content)
+        _, stderr = run("makeshards.py", "--check", cwd=pets, status=2)
+        assert "cat_1.bmp: can't be read as an image (" in stderr and "<" not in stderr, stderr
+
+
 def test_a_destination_that_is_full_is_left_empty(pets):
     """A limit on the size of files stands for a full disk: writing fails halfway."""
     (pets / "data/train/cat/big.jpg").write_bytes((pets / "data/train/cat/cat_0.jpg").read_bytes() + bytes(1 << 20))
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))  # noqa: E731
     command = [sys.executable, str(ROOT / "makeshards.py")]
     done = subprocess.run(command, cwd=pets, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--shards ./shards" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "./shards/imagenet-train-000000.tar: can't be written (File too large)" in done.stderr
     assert os.listdir(pets / "shards") == []
     os.mkdir(pets / "locked")
     os.rmdir(pets / "shards")

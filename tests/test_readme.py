@@ -23,7 +23,7 @@ from test_shards import tar
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", README, re.M))
 FAST = "-a shufflenet_v2_x0_5 -b 16 -j 1 --epochs 1 --no-accel"
-MESSAGES = re.findall(r"^\| `([^`]+)` \|", README, re.M)  # in the tables of troubles
+MESSAGES = re.findall(r"^\| `([^`]+)` \|", SECTIONS["Troubleshooting"], re.M)
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -40,7 +40,7 @@ def commands():
     return found
 
 
-FORMS = {"./run", "./run SCRIPT.py ...", "python SCRIPT.py ...", "./run test"}  # no commands; and what runs this
+FORMS = {"./run", "./run test"}  # the list of commands; and what runs this
 FORMS |= {"diff main-orig.py main-wds.py"}  # its exit status is 1; ./run diff shows the same
 ELSEWHERE = {  # those that take long, and where they are run at a smaller size
     "./run bench": ("test_run.py", 'run(made, "bench", "--only", "training"'),
@@ -310,11 +310,13 @@ TWO_RANKS = ["--multiprocessing-distributed", "--dist-url"]
 MISTAKES = {
     "no such folder; create it first: mkdir …": shards_error("--shards", "./none"),
     "must hold a folder of images for each class": after(flatten, shards_error("--shards", "empty")),
-    "no class folders; move its images into a folder for each class": after(
+    "images outside of class folders": after(
         functools.partial(flatten, split="val"), shards_error("--shards", "empty")
     ),
     "that train/ does not have": after(move_a_class, shards_error("--shards", "empty")),
-    "can't be read as an image (…); fix or delete it": after(empty_an_image, shards_error("--shards", "empty")),
+    "can't be read as an image (…); fix it, then run this again": after(
+        empty_an_image, shards_error("--shards", "empty")
+    ),
     "shards were written with other options or images (…)": shards_error("--maxcount", 20),
     "quote patterns such as": shards_error("--index", "a.tar", "b.tar"),
     "another run is writing to it; wait until it has ended": after(hold, shards_error("--shards", "empty")),
@@ -412,7 +414,7 @@ def test_links_and_files_that_it_names_are_there():
     own = [link for link in links if not link.startswith("https://github.com/")]
     assert own and all(link in anchors or (ROOT / link).exists() for link in own), own
     scripts = set(re.findall(r"[\w-]+\.py\b", README))
-    assert scripts == {"main-orig.py", "main-wds.py", "makeshards.py", "SCRIPT.py", "peers.py"}
+    assert scripts == {"main-orig.py", "main-wds.py", "makeshards.py", "peers.py"}
     assert (ROOT / "tests/peers.py").exists()
     names = set(re.findall(r"\./run ([a-z]+)\b(?!\.)", README)) - {"main", "makeshards"}
     assert names <= set(re.findall(r"^cmd_(\w+)", (ROOT / "run").read_text(), re.M)), names

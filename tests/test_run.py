@@ -123,7 +123,7 @@ def test_works_from_anywhere_and_through_links(project, tmp_path):
     for name in ("relative", "absolute", "chain", "folder/run", "../a project/run", str(project / "run")):
         assert run_command([Path("else where", name)], cwd=tmp_path, env={"CDPATH": "."})[0] == stdout
     args = ["sample", "--train", "1", "--val", "21"]
-    run_command([elsewhere / "chain", *args], cwd=elsewhere, env={"PYTHON": sys.executable})
+    run_command([elsewhere / "chain", *args], cwd=project, env={"PYTHON": sys.executable})
     assert (project / "data" / "train").is_dir() and not (elsewhere / "data").exists()
     before = snapshot(project / "data")
     assert "left as it is" in run(project, "sample")[0]

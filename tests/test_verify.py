@@ -1,10 +1,13 @@
 """makeshards.py --verify, --check and --index: each fault is named, and nothing else is said or changed."""
 
+import bz2
 import functools
+import gzip
 import hashlib
 import http.server
 import itertools
 import json
+import lzma
 import os
 import re
 import shutil
@@ -17,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import webdataset as wds
-from conftest import error_of, load, run
+from conftest import ROOT, error_of, load, run, run_command
 from PIL import Image
 from test_shards import found_by
 
@@ -64,6 +67,7 @@ def content(folder):
 def call(monkeypatch, capsys):
     """As conftest's run() of makeshards.py, but in this process, which has torchvision; status None is any."""
     monkeypatch.setattr(makeshards, "ProcessPoolExecutor", lambda workers, initializer: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(makeshards, "lock", lambda folder: None)  # which lasts as long as the process
 
     def call(script, *args, cwd, status=0):
         monkeypatch.chdir(cwd)
@@ -91,7 +95,7 @@ def check_faults(call, folder, expected, *args):
     before = files(folder)
     stdout, stderr = call("makeshards.py", "--verify", *args, cwd=folder, status=1 if expected else 0)
     lines = [line for line in stdout.splitlines() if not re.match(r"(train|val): \d+ shards?, ", line)]
-    summary = [line for line in lines if re.match(r"\d+ (problems?|differences?) |no problems found", line)]
+    summary = [line for line in lines if re.match(r"\d+ problems? |no problems found", line)]
     left = [line for line in lines if line not in summary]
     for text in expected:
         found = [line for line in left if text in line]
@@ -373,6 +377,112 @@ def test_no_index(copy, call):
     (copy / "shards/.train.json").write_text('{"splits": {}}')
     assert "its train shards are unfinished; run makeshards.py again" in refusal(call, "--verify", cwd=copy)
     assert "no _info.json there" in refusal(call, "--verify", "--shards", "none", cwd=copy)
+
+
+def advice(call, folder, *args):
+    """The last line of --verify, which has found something."""
+    stdout, _ = call("makeshards.py", "--verify", *args, cwd=folder, status=1)
+    return stdout.splitlines()[-1]
+
+
+def test_the_advice(copy, call):
+    """Damaged shards are replaced by the same command; other images need another folder; others' shards neither."""
+    shard = copy / "shards" / VAL[1]
+    good = shard.read_bytes()
+    shard.write_bytes(flip(good, 700))
+    rewrite = "1 problem of the shards: run the command that wrote the shards again to replace them"
+    assert advice(call, copy) == rewrite
+    stdout, _ = call("makeshards.py", "--maxcount", 3, cwd=copy)
+    assert stdout.splitlines()[1] == "val: 3 shards, 8 samples written, 2 of the shards earlier"
+    assert shard.read_bytes() == good
+    image = copy / "data/val/cat/cat_1.jpg"
+    image.write_bytes(image.read_bytes() + b"x")
+    assert advice(call, copy) == "1 problem with the images: fix them, then write them to another --shards"
+    os.unlink(copy / "shards/_info.json")
+    call("makeshards.py", "--index", "shards/*.tar", cwd=copy)
+    shard.write_bytes(flip(good, 700))
+    assert advice(call, copy) == "1 problem of the shards"
+
+
+def test_images_are_decoded_if_asked_for(copy, call):
+    """A JPEG cut off in the middle, which was written as it was."""
+    path = copy / "data/val/cat/cat_2.jpg"
+    path.write_bytes(path.read_bytes()[:900])
+    (copy / "out").mkdir()
+    call("makeshards.py", "--shards", "out", "--maxcount", 3, cwd=copy)
+    stdout, _ = call("makeshards.py", "--verify", "--shards", "out", cwd=copy)
+    assert stdout.count("; images not decoded (see --check)\n") == 2 and stdout.endswith("no problems found\n")
+    fault = f"{VAL[0]}: sample 0000002 can't be decoded (image file is truncated"
+    check_faults(call, copy, [fault], "--shards", "out", "--check")
+    stdout, _ = call("makeshards.py", "--shards", "out", "--maxcount", 3, "--check", cwd=copy)
+    assert stdout.count("already there, not checked: --verify --check does it\n") == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are bytes")
+def test_names_that_are_not_utf8(copy, call):
+    """Don't end the report."""
+    path = copy / "data/val/cat/cat_1.jpg"
+    os.rename(path, path.with_name("cat_1\udcff.jpg"))
+    (copy / "out").mkdir()
+    call("makeshards.py", "--shards", "out", cwd=copy)
+    path.with_name("cat_1\udcff.jpg").write_bytes(b"other")
+    stdout, _ = run("makeshards.py", "--verify", "--shards", "out", cwd=copy, status=1, typed=True)
+    assert r"does not hold the bytes of ./data/val/cat/cat_1\udcff.jpg" in stdout
+    assert stdout.splitlines()[-1].startswith("1 problem with the images")
+
+
+def special(kind):
+    member = tarfile.TarInfo("0000004.jpg")
+    member.type = kind
+    member.linkname = "0000003.jpg"
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_under_the_name_of_a_sample(kind, copy, call):
+    """Readers skip them, and so would lose the sample."""
+    shard = copy / "shards" / VAL[1]
+    members = read_tar(shard)
+    shard.write_bytes(tar(members[:3])[:-1024] + special(kind) + tar(members[4:]))
+    check_faults(call, copy, [f"{VAL[1]}: broken after 1 sample (0000004.jpg is a link or another special file"])
+    os.unlink(copy / "shards/_info.json")
+    assert "0000004.jpg is a link" in refusal(call, "--index", "shards/*.tar", cwd=copy)
+
+
+def test_two_tars_in_one_file(copy, call):
+    shard = copy / "shards" / VAL[1]
+    shard.write_bytes(2 * shard.read_bytes())
+    check_faults(call, copy, [f"{VAL[1]}: broken after 2 samples (damaged, or more than one tar)"])
+
+
+def test_checksums_in_full_width(copy, call):
+    """Seven digits and a zero byte, as other languages' writers have them; Python writes six, a zero and a space."""
+    shard = copy / "shards" / VAL[1]
+    data = bytearray(shard.read_bytes())
+    for place in ends(read_tar(shard))[:-1]:
+        data[place + 148 : place + 156] = b"0" + data[place + 148 : place + 154] + b"\0"
+    shard.write_bytes(data)
+    os.unlink(copy / "shards/_info.json")
+    call("makeshards.py", "--index", "shards/*.tar", cwd=copy)
+    assert json.loads((copy / "shards/_info.json").read_text())["splits"]["validation"]["shard_lengths"] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_shards(compress, copy, call, listed):
+    """They are counted like others, and main-wds.py reads them; a cut is found."""
+    for name in VAL:
+        path = copy / "shards" / name
+        path.with_suffix(".tar.gz").write_bytes(compress(path.read_bytes()))
+    os.unlink(copy / "shards/_info.json")
+    call("makeshards.py", "--index", "shards/imagenet-val-*.tar.gz", cwd=copy)
+    urls, lengths = listed("val", "--evaluate", "--shards", copy / "shards")
+    assert lengths == [3, 3, 2] and all(url.endswith(".tar.gz") for url in urls)
+    main_wds = load("main-wds.py")
+    keys = [s["__key__"] for url, n in zip(urls, lengths, strict=True) for s in main_wds.read_shard(url, n, 0, n)]
+    assert keys == [f"{i:07d}" for i in range(8)]
+    path = copy / "shards" / f"{VAL[1]}.gz"
+    path.write_bytes(path.read_bytes()[:-3000])
+    check_faults(call, copy, [f"{VAL[1]}.gz: broken after "], "--splits", "val")
 
 
 # ---------------------------------------------------------------------------- --check
@@ -659,3 +769,13 @@ def test_index_of_remote_shards_that_fail(served, theirs, call):
 def test_index_of_remote_shards_without_a_folder_for_it(served, theirs, call):
 
     assert "mkdir ./shards" in refusal(call, "--index", f"{served}/train-00.tar", cwd=theirs.parent)
+
+
+def test_an_index_that_cannot_be_written(theirs, tmp_path):
+    """The folder is named, which is the shards', not --shards. A limit on the size of files stands for a full disk."""
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); del sys.argv[0]; "
+    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", limit, str(ROOT / "makeshards.py"), "--index", f"{theirs}/*.tar"]
+    _, stderr = run_command(command, cwd=tmp_path, status=2)
+    assert stderr == f"makeshards.py: {theirs}/_info.json: can't be written (File too large)\n"
+    assert "_info.json" not in os.listdir(theirs)

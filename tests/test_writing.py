@@ -409,11 +409,15 @@ def test_the_disk_is_full(server, place):
     """A limit on the size of files stands for it: of the shards, the one in the middle is too large."""
     options = ("--maxcount", 6, "--workers", 3, "--splits", "train")
     message = Run(server, place, *options, limit=1 << 18).error()
-    assert "--shards" in message and "run it again to resume" in message
+    assert "imagenet-train-0000" in message and "run this again to resume" in message
     left = digests(place / "shards")
-    assert 1 <= len(shards(place / "shards")) < 40 and left.keys() == {".train.json", *shards(place / "shards")}
+    assert 1 <= len(shards(place / "shards")) < 40 and left.keys() == {
+        ".train.json",
+        ".train.sha256",
+        *shards(place / "shards"),
+    }
     out, _ = Run(server, place, *options).wait()
-    assert out == f"{FINISHED[0]} written, {len(left) - 1} of the shards earlier\n"
+    assert out == f"{FINISHED[0]} written, {len(left) - 2} of the shards earlier\n"
     found = digests(place / "shards")
     assert len(found) == 41 and all(found[name] == left[name] for name in shards(place / "shards") if name in left)
     shutil.rmtree(place / "shards")
@@ -425,7 +429,7 @@ def test_the_disk_is_full(server, place):
 def test_no_room_for_the_plan(server, place):
     """The same if it is the plan that can't be written: nothing of it is left either."""
     options = ("--maxcount", 1, "--workers", 3, "--splits", "train")  # each shard is of 10240 bytes
-    assert "--shards" in Run(server, place, *options, limit=10240).error()
+    assert "shards/.train.json: can't be written" in Run(server, place, *options, limit=10240).error()
     assert os.listdir(place / "shards") == []
 
 
