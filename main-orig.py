@@ -61,11 +61,11 @@ def parse_args():
     add("-a", "--arch", default="resnet18", help=f"model architecture, from {ARCHS_URL} (default: %(default)s)")
     add("-j", "--workers", type=number, default=4, metavar="N", help="data loading workers (default: %(default)s)")
     add("--epochs", type=number, default=90, metavar="N", help="number of epochs to run (default: %(default)s)")
-    add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or as --resume says)")
-    add("-b", "--batch-size", type=count, default=256, metavar="N", help="total of this node (default: %(default)s)")
+    add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or from --resume)")
+    add("-b", "--batch-size", type=count, default=256, metavar="N", help="total per node (default: %(default)s)")
     add("--lr", "--learning-rate", type=real, default=0.1, help="initial learning rate (default: %(default)s)")
     add("--momentum", type=real, default=0.9, metavar="M", help="momentum (default: %(default)s)")
-    add("--wd", "--weight-decay", type=real, default=1e-4, dest="weight_decay", help="(default: %(default)s)")
+    add("--wd", "--weight-decay", type=real, default=1e-4, dest="weight_decay", help="decay (default: %(default)s)")
     add("-p", "--print-freq", type=count, default=10, metavar="N", help="print every N steps (default: %(default)s)")
     add("--resume", metavar="PATH", help="checkpoint to resume from (default: none)")
     add("-e", "--evaluate", action="store_true", help="validate only")
@@ -74,7 +74,7 @@ def parse_args():
     add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
     add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="rendezvous URL (default: %(default)s)")
     add("--dist-backend", default="nccl", metavar="NAME", help="backend for CUDA devices (default: %(default)s)")
-    add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
+    add("--seed", type=number, metavar="N", help="make training reproducible, but slower (default: none)")
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
     add("--multiprocessing-distributed", action="store_true", help="start one process for each GPU of this node")
@@ -96,7 +96,7 @@ def at_least(low, kind=int):
 
     def number(text):
         value = kind(text)
-        if not low <= value < sys.maxsize:  # also not for NaN
+        if not low <= value < sys.maxsize:  # false for NaN, too
             raise argparse.ArgumentTypeError(f"{text} is less than {low}, or too large")
         return value
 
@@ -104,7 +104,7 @@ def at_least(low, kind=int):
 
 
 class DataError(Exception):
-    """A user error; the message names the thing and the way out. main() prints it, whichever process raised it."""
+    """A user error; the message names the cause and the fix. main() prints it, whichever process raised it."""
 
 
 def fail(message):
@@ -112,7 +112,7 @@ def fail(message):
 
 
 def usage_error(message):
-    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if "unrecognized" in message else ""
+    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if ".tar" in message else ""
     fail(message + hint)
 
 
@@ -121,7 +121,7 @@ def first_line(error):
 
 
 def print_line(line, error=False):
-    """Print without the passwords of URLs. Write errors (closed terminal, full disk) do not stop training."""
+    """Print a line, without the passwords in URLs. Write errors (closed terminal, full disk) do not stop training."""
     file = sys.stderr if error else sys.stdout
     if not file:  # it was closed before the start
         return
@@ -147,7 +147,7 @@ def main():
         sys.exit(128 + signal.SIGINT)
     except mp.ProcessExitedException as error:
         if error.exit_code < 0:  # else the process has printed the reason
-            print_error(f"{error}; the other processes of this node were ended")
+            print_error(f"{error}; the other processes of this node were terminated")
         sys.exit(max(error.exit_code, 1))
     except Exception as error:
         # an error of a spawned process arrives as the text of its traceback
@@ -161,7 +161,7 @@ def main():
 def start(args):
     """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
     args.start_method = mp.get_start_method()
-    if sys.platform == "linux":  # Python 3.14's forkserver would pickle the dataset, and end with signals meant for us
+    if sys.platform == "linux":  # Python 3.14's forkserver would pickle the dataset, and exits on signals to the group
         args.start_method = "fork"
     torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
     if torchrun:
@@ -231,7 +231,7 @@ def run_worker(gpu, ngpus_per_node, args):
 
 def main_worker(gpu, ngpus_per_node, args):
     """Train and validate in one of the ngpus_per_node processes of this node."""
-    mp.set_start_method(args.start_method, force=True)  # mp.spawn's own would take seconds to start each data worker
+    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's, each data worker takes seconds
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
@@ -356,7 +356,7 @@ def check_ranks_agree(args, values):
 
 
 def set_seed(args, epoch):
-    """With --seed, give each epoch a random state of its own, so that a resumed run draws what an unbroken one does."""
+    """With --seed, give each epoch a random state of its own, so that a resumed run draws the same numbers."""
     if args.seed is not None:
         random.seed(f"{args.seed} {epoch} {args.rank}")
         torch.manual_seed(random.getrandbits(63))
@@ -370,7 +370,7 @@ def say(args, line):
 
 
 def make_model(args):
-    """The model --arch with its 1000 outputs; --pretrained loads torchvision's first weights for 224 pixels."""
+    """The model --arch with its 1000 outputs; --pretrained loads torchvision's V1 weights, for 224 pixels."""
     weights = None
     if args.pretrained:
         choices = models.get_model_weights(args.arch)
@@ -560,9 +560,9 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     """Write the state. The previous file stays until the new one is complete and on disk."""
     buffer = io.BytesIO()  # if the disk is full, torch.save() to a file would not say so
     torch.save(state, buffer)
-    # the best first: after a kill in between, the resumed run would not find that epoch better than itself
+    # the best first: otherwise it would be missing after a kill between the two
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
-        partial = f"{name}.{os.urandom(4).hex()}.partial"  # another run in this folder has other names
+        partial = f"{name}.{os.urandom(4).hex()}.partial"  # another run may use this folder
         try:
             with open(partial, "wb") as file:
                 file.write(buffer.getbuffer())
@@ -576,7 +576,7 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
-    """Load --resume, ours or pytorch/examples', into all three, and return it; if there is none, that of a new run."""
+    """Load --resume, ours or pytorch/examples', into all three, and return it, or an initial one if there is none."""
     checkpoint = {"epoch": 0, "best_acc1": 0.0}
     if args.resume and os.path.isfile(args.resume):
         checkpoint = read_checkpoint(args, getattr(model, "module", model), optimizer, scheduler)
@@ -591,7 +591,7 @@ def load_checkpoint(args, model, optimizer, scheduler):
 
 
 def read_checkpoint(args, model, optimizer, scheduler):
-    """Load the file into all three. Raise DataError if it is no checkpoint, or that of another architecture."""
+    """Load the file into all three. DataError if it is not a checkpoint, or is for another model."""
     say(args, f"=> loading checkpoint '{args.resume}'")
     try:
         checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
@@ -604,9 +604,9 @@ def read_checkpoint(args, model, optimizer, scheduler):
             fail(f"no {', '.join(sorted(missing))} in it")
     except Exception as error:  # torch.load raises nearly any type on other files
         reason = first_line(error).partition(". ")[0]  # without PyTorch's advice to run what the file may hold
-        fail(f"--resume {args.resume}: no checkpoint of this script ({reason})")
+        fail(f"--resume {args.resume}: not a checkpoint of this script ({reason})")
     if checkpoint["arch"] != args.arch:
-        fail(f"--resume {args.resume}: it holds a {checkpoint['arch']}; add --arch {checkpoint['arch']}")
+        fail(f"--resume {args.resume}: it is for {checkpoint['arch']}; add --arch {checkpoint['arch']}")
     given = optimizer.param_groups[0]
     try:
         model.load_state_dict(weights)
@@ -651,7 +651,7 @@ class AverageMeter:
         return float(self.sum) / max(self.count, 1)
 
     def all_reduce(self, device):
-        """Make the average that over all ranks."""
+        """Average over all ranks."""
         total = torch.tensor([float(self.sum), self.count], dtype=torch.float64, device=device)
         dist.all_reduce(total)
         self.sum, self.count = total.tolist()
@@ -676,7 +676,7 @@ class ProgressMeter:
 
 @torch.no_grad()
 def accuracy(output, target, topk=(1,)):
-    """For each k, the percentage of samples whose class is among the k first of the outputs (B, classes)."""
+    """For each k, the percentage of samples whose class is among the top k outputs (B, classes)."""
     ranked = output.topk(max(topk), dim=1).indices
     hits = ranked == target[:, None]
     return [100 * hits[:, :k].any(dim=1).float().mean() for k in topk]

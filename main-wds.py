@@ -9,7 +9,7 @@
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 main-wds.py
     python main-wds.py --multiprocessing-distributed           all GPUs of this node; without a GPU two CPU processes
     python main-wds.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://HOST:29500
-    python main-wds.py --resume checkpoint.pth.tar             continue where SIGTERM or Ctrl-C has stopped a run
+    python main-wds.py --resume checkpoint.pth.tar             continue where SIGTERM or Ctrl-C stopped a run
     python main-wds.py --evaluate --pretrained                 validate a pre-trained model
     python main-wds.py --dummy                                 measure the speed without any data
     makeshards.py writes the shards; diff main-orig.py main-wds.py shows what reading them adds
@@ -83,19 +83,30 @@ def parse_args():
     add("--shards", metavar="DIR", default="./shards", help=f"wds: folder or URL of {INDEX} (default: %(default)s)")
     add("--trainshards", metavar="URLS", help="wds: where the training shards are (default: beside the index)")
     add("--valshards", metavar="URLS", help="wds: where the validation shards are (default: beside the index)")
-    add("--shuffle", type=number, default=1000, metavar="N", help="wds: buffered samples (default: %(default)s)")
-    add("--decode", choices=DECODERS, default="tensor", help="JPEG decoder: fast, or Pillow (default: %(default)s)")
+    add(
+        "--shuffle",
+        type=number,
+        default=1000,
+        metavar="N",
+        help="wds: samples in each worker's buffer (default: %(default)s)",
+    )
+    add(
+        "--decode",
+        choices=DECODERS,
+        default="tensor",
+        help="tensor: fast JPEG decoder; pil: Pillow (default: %(default)s)",
+    )
     add("--augmentation", choices=["full", "simple"], default="full", help="simple: center crop (default: %(default)s)")
     add("--image-size", type=count, default=224, metavar="N", help="pixels per side (default: %(default)s)")
     add("--checkpoint-steps", type=count, metavar="N", help="wds: also save a checkpoint every N steps (default: off)")
     add("-a", "--arch", default="resnet18", help=f"model architecture, from {ARCHS_URL} (default: %(default)s)")
     add("-j", "--workers", type=number, default=4, metavar="N", help="data loading workers (default: %(default)s)")
     add("--epochs", type=number, default=90, metavar="N", help="number of epochs to run (default: %(default)s)")
-    add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or as --resume says)")
-    add("-b", "--batch-size", type=count, default=256, metavar="N", help="total of this node (default: %(default)s)")
+    add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or from --resume)")
+    add("-b", "--batch-size", type=count, default=256, metavar="N", help="total per node (default: %(default)s)")
     add("--lr", "--learning-rate", type=real, default=0.1, help="initial learning rate (default: %(default)s)")
     add("--momentum", type=real, default=0.9, metavar="M", help="momentum (default: %(default)s)")
-    add("--wd", "--weight-decay", type=real, default=1e-4, dest="weight_decay", help="(default: %(default)s)")
+    add("--wd", "--weight-decay", type=real, default=1e-4, dest="weight_decay", help="decay (default: %(default)s)")
     add("-p", "--print-freq", type=count, default=10, metavar="N", help="print every N steps (default: %(default)s)")
     add("--resume", metavar="PATH", help="checkpoint to resume from (default: none)")
     add("-e", "--evaluate", action="store_true", help="validate only")
@@ -104,7 +115,7 @@ def parse_args():
     add("--rank", type=int, default=-1, metavar="N", help="rank of this node, from 0 (default: 0)")
     add("--dist-url", default="tcp://127.0.0.1:23456", metavar="URL", help="rendezvous URL (default: %(default)s)")
     add("--dist-backend", default="nccl", metavar="NAME", help="backend for CUDA devices (default: %(default)s)")
-    add("--seed", type=number, metavar="N", help="make training repeatable, but slower (default: none)")
+    add("--seed", type=number, metavar="N", help="make training reproducible, but slower (default: none)")
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
     add("--multiprocessing-distributed", action="store_true", help="start one process for each GPU of this node")
@@ -126,7 +137,7 @@ def at_least(low, kind=int):
 
     def number(text):
         value = kind(text)
-        if not low <= value < sys.maxsize:  # also not for NaN
+        if not low <= value < sys.maxsize:  # false for NaN, too
             raise argparse.ArgumentTypeError(f"{text} is less than {low}, or too large")
         return value
 
@@ -134,7 +145,7 @@ def at_least(low, kind=int):
 
 
 class DataError(Exception):
-    """A user error; the message names the thing and the way out. main() prints it, whichever process raised it."""
+    """A user error; the message names the cause and the fix. main() prints it, whichever process raised it."""
 
 
 def fail(message):
@@ -142,7 +153,7 @@ def fail(message):
 
 
 def usage_error(message):
-    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if "unrecognized" in message else ""
+    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if ".tar" in message else ""
     fail(message + hint)
 
 
@@ -151,7 +162,7 @@ def first_line(error):
 
 
 def print_line(line, error=False):
-    """Print without the passwords of URLs. Write errors (closed terminal, full disk) do not stop training."""
+    """Print a line, without the passwords in URLs. Write errors (closed terminal, full disk) do not stop training."""
     file = sys.stderr if error else sys.stdout
     if not file:  # it was closed before the start
         return
@@ -177,7 +188,7 @@ def main():
         sys.exit(128 + signal.SIGINT)
     except mp.ProcessExitedException as error:
         if error.exit_code < 0:  # else the process has printed the reason
-            print_error(f"{error}; the other processes of this node were ended")
+            print_error(f"{error}; the other processes of this node were terminated")
         sys.exit(max(error.exit_code, 1))
     except Exception as error:
         # an error of a spawned process arrives as the text of its traceback
@@ -191,7 +202,7 @@ def main():
 def start(args):
     """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
     args.start_method = mp.get_start_method()
-    if sys.platform == "linux":  # Python 3.14's forkserver would pickle the dataset, and end with signals meant for us
+    if sys.platform == "linux":  # Python 3.14's forkserver would pickle the dataset, and exits on signals to the group
         args.start_method = "fork"
     torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
     if torchrun:
@@ -261,7 +272,7 @@ def run_worker(gpu, ngpus_per_node, args):
 
 def main_worker(gpu, ngpus_per_node, args):
     """Train and validate in one of the ngpus_per_node processes of this node."""
-    mp.set_start_method(args.start_method, force=True)  # mp.spawn's own would take seconds to start each data worker
+    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's, each data worker takes seconds
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
@@ -387,7 +398,7 @@ def check_ranks_agree(args, values):
 
 
 def set_seed(args, epoch):
-    """With --seed, give each epoch a random state of its own, so that a resumed run draws what an unbroken one does."""
+    """With --seed, give each epoch a random state of its own, so that a resumed run draws the same numbers."""
     if args.seed is not None:
         random.seed(f"{args.seed} {epoch} {args.rank}")
         torch.manual_seed(random.getrandbits(63))
@@ -401,7 +412,7 @@ def say(args, line):
 
 
 def make_model(args):
-    """The model --arch with its 1000 outputs; --pretrained loads torchvision's first weights for 224 pixels."""
+    """The model --arch with its 1000 outputs; --pretrained loads torchvision's V1 weights, for 224 pixels."""
     weights = None
     if args.pretrained:
         choices = models.get_model_weights(args.arch)
@@ -600,9 +611,9 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     """Write the state. The previous file stays until the new one is complete and on disk."""
     buffer = io.BytesIO()  # if the disk is full, torch.save() to a file would not say so
     torch.save(state, buffer)
-    # the best first: after a kill in between, the resumed run would not find that epoch better than itself
+    # the best first: otherwise it would be missing after a kill between the two
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
-        partial = f"{name}.{os.urandom(4).hex()}.partial"  # another run in this folder has other names
+        partial = f"{name}.{os.urandom(4).hex()}.partial"  # another run may use this folder
         try:
             with open(partial, "wb") as file:
                 file.write(buffer.getbuffer())
@@ -616,7 +627,7 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
-    """Load --resume, ours or pytorch/examples', into all three, and return it; if there is none, that of a new run."""
+    """Load --resume, ours or pytorch/examples', into all three, and return it, or an initial one if there is none."""
     checkpoint = {"epoch": 0, "best_acc1": 0.0}
     if args.resume and os.path.isfile(args.resume):
         checkpoint = read_checkpoint(args, getattr(model, "module", model), optimizer, scheduler)
@@ -631,7 +642,7 @@ def load_checkpoint(args, model, optimizer, scheduler):
 
 
 def read_checkpoint(args, model, optimizer, scheduler):
-    """Load the file into all three. Raise DataError if it is no checkpoint, or that of another architecture."""
+    """Load the file into all three. DataError if it is not a checkpoint, or is for another model."""
     say(args, f"=> loading checkpoint '{args.resume}'")
     try:
         checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
@@ -644,9 +655,9 @@ def read_checkpoint(args, model, optimizer, scheduler):
             fail(f"no {', '.join(sorted(missing))} in it")
     except Exception as error:  # torch.load raises nearly any type on other files
         reason = first_line(error).partition(". ")[0]  # without PyTorch's advice to run what the file may hold
-        fail(f"--resume {args.resume}: no checkpoint of this script ({reason})")
+        fail(f"--resume {args.resume}: not a checkpoint of this script ({reason})")
     if checkpoint["arch"] != args.arch:
-        fail(f"--resume {args.resume}: it holds a {checkpoint['arch']}; add --arch {checkpoint['arch']}")
+        fail(f"--resume {args.resume}: it is for {checkpoint['arch']}; add --arch {checkpoint['arch']}")
     given = optimizer.param_groups[0]
     try:
         model.load_state_dict(weights)
@@ -691,7 +702,7 @@ class AverageMeter:
         return float(self.sum) / max(self.count, 1)
 
     def all_reduce(self, device):
-        """Make the average that over all ranks."""
+        """Average over all ranks."""
         total = torch.tensor([float(self.sum), self.count], dtype=torch.float64, device=device)
         dist.all_reduce(total)
         self.sum, self.count = total.tolist()
@@ -716,7 +727,7 @@ class ProgressMeter:
 
 @torch.no_grad()
 def accuracy(output, target, topk=(1,)):
-    """For each k, the percentage of samples whose class is among the k first of the outputs (B, classes)."""
+    """For each k, the percentage of samples whose class is among the top k outputs (B, classes)."""
     ranked = output.topk(max(topk), dim=1).indices
     hits = ranked == target[:, None]
     return [100 * hits[:, :k].any(dim=1).float().mean() for k in topk]
@@ -733,7 +744,7 @@ def make_train_loader_wds(args):
 
 
 def make_val_loader_wds(args):
-    """Batches of the validation shards, the same ones each time. Under DDP each sample goes to one rank only."""
+    """Batches of the validation shards, identical in every epoch. Under DDP each sample goes to one rank only."""
     return make_loader_wds(args, "val")
 
 
@@ -743,7 +754,7 @@ def make_loader_wds(args, split):
     loader = shard_loader(
         urls, lengths, transform, args.batch_size, args.workers, args.rank, args.world_size, args.shuffle,
         args.seed or 0, train=split == "train", pin_memory=args.device.type == "cuda",
-        reuse_memory=args.decode == "tensor",  # DeviceLoader makes floats of these bytes at once
+        reuse_memory=args.decode == "tensor",  # DeviceLoader converts these bytes immediately
     )  # fmt: skip
     loader.shards = list(zip(names, lengths, strict=True))
     check_ranks_agree(args, {f"checksum of the list of {split} shards": zlib.crc32(repr(loader.shards).encode())})
@@ -759,7 +770,7 @@ def shard_loader(
     urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
     transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
     shuffle: samples in each worker's buffer, undecoded; seed: must be the same on all ranks.
-    reuse_memory: saves 9 %, but later batches overwrite the images: copy each batch before asking for the next one.
+    reuse_memory: 9 % faster, but later batches overwrite the images: copy each batch before asking for the next one.
 
     images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch. In training, each
     batch seeds `random` and torch in its process. DataError names a shard or sample that can't be read.
@@ -769,8 +780,8 @@ def shard_loader(
     dataset.pipeline = [
         dataset.pieces,  # 1. (shard, first, last): what this worker reads in this epoch
         functools.partial(read_shards, urls=urls, lengths=lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
-        wds.shuffle(shuffle if train else 0, rng=dataset.rng),  # 3. the same in another order
-        dataset.skip_done,  # 4. without what was done before a resumed step
+        wds.shuffle(shuffle if train else 0, rng=dataset.rng),  # 3. shuffled in a buffer
+        dataset.skip_done,  # 4. without the samples before a resumed step
         functools.partial(decode_samples, transform=transform, num_classes=num_classes),  # 5. (image, class)
         batched if reuse_memory else wds.batched(batch_size, collation_fn=default_collate),  # 6. (images, target)
     ]
@@ -797,7 +808,7 @@ class ShardPipeline(wds.DataPipeline):
         self.train = train
         self.plan = functools.partial(plan, lengths, batch_size, rank, world_size, seed if train else None)
         self.rng = random.Random()
-        self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with workers that live on
+        self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with persistent workers
 
     def __len__(self):
         return math.ceil(sum(last - first for _, first, last in self.plan()) / self.batch_size)
@@ -831,7 +842,7 @@ def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_wor
     """What a worker reads in an epoch: [(shard, first, last)] in reading order, the samples first <= i < last.
 
     The shards, in an order drawn from (seed, epoch), form one sequence of samples. Each rank reads an equal range of
-    it; what is missing at the end is taken from the beginning. Without a seed, for validation, the shards are in order
+    it; the last one wraps around. Without a seed, for validation, the shards are in order
     and no sample is taken twice. Each worker reads a range of whole batches of its rank's. The DataLoader asks the
     workers in turn, so the last range, with the short batch, goes to the worker whose turn is last.
     """
@@ -901,6 +912,7 @@ def list_shards(folder, split, pattern=None):
     The shards are beside the index, or where a pattern says; an index beside them then takes precedence.
     """
     folder = folder.rstrip("/")
+    check_scheme(folder)
     if not pattern:
         entry = read_index(folder).get(INDEX_NAMES[split])
         if not entry:
@@ -926,7 +938,7 @@ def list_shards(folder, split, pattern=None):
     for url in urls:
         found = file_names(url) & lengths.keys()
         if len(found) != 1:
-            fail(f"{url}: names {len(found)} shards of the index, not one; makeshards.py --index writes another")
+            fail(f"{url}: matches {len(found)} shards of the index, not one; makeshards.py --index writes another")
         names += found
     return urls, [lengths[name] for name in names], names, classes
 
@@ -942,7 +954,7 @@ def read_index(folder):
             entry["classes"] = entry.get("classes") or index.get("classes") or []
             for name in names:
                 if name.startswith("/") or ":" in name or ".." in name.split("/"):  # it could run a command
-                    raise ValueError(f"{name} is not below it")
+                    raise ValueError(f"{name} is not in its folder")
             if not len(set(names)) == len(names) == len(lengths) or sum(lengths) != entry["num_samples"]:
                 raise ValueError("filenames, shard_lengths and num_samples do not agree")
             if min(lengths, default=0) < 0:
@@ -967,11 +979,15 @@ def expand(pattern):
     for url in urls:
         if is_local(url) and not os.path.exists(url):
             found += sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
-        elif is_local(url) or url.partition(":")[0] in wds.gopen_schemes:
-            found.append(url)
         else:
-            fail(f"{url}: webdataset can't open such URLs; use a pipe: command")
+            check_scheme(url)
+            found.append(url)
     return found
+
+
+def check_scheme(url):
+    if not is_local(url) and url.partition(":")[0] not in wds.gopen_schemes:
+        fail(f"{url}: webdataset can't open such URLs; use --trainshards and --valshards with a pipe: command")
 
 
 def file_names(url):
@@ -1018,7 +1034,7 @@ def read_shard(url, length, first, last):
         pause = next(pauses, None)
         if is_local(url) or not temporary or pause is None:
             fail(f"{url}: {problem}")
-        print_line(f"{url}: {problem}; reading it again in {pause} s", error=True)
+        print_line(f"{url}: {problem}; retrying in {pause} s", error=True)
         time.sleep(pause)
 
 
@@ -1056,7 +1072,7 @@ wds.gopen_schemes.update(http=open_http, https=open_http)
 
 # ---------------------------------------------------------------------------- decoding, batching
 
-PREFETCH = 2  # batches that a worker makes ahead; batched_in_place() relies on it
+PREFETCH = 2  # batches that a worker prefetches; batched_in_place() relies on it
 
 
 def decode_samples(samples, transform, num_classes):
@@ -1144,7 +1160,7 @@ def channels_last(image):
 
 
 def batched_in_place(samples, batch_size):
-    """Stage 6, instead of wds.batched(): the images of every third batch lie in the same shared memory.
+    """Stage 6, instead of wds.batched(): every third batch of images shares its memory.
 
     Of each worker's batches the caller holds at most one, and the DataLoader has PREFETCH more in flight. (Also at the
     end of an epoch: no worker has two batches more than another.)
@@ -1205,7 +1221,7 @@ class Run:
         if self.args.rank == 0:
             what = "nothing was saved since the last whole epoch"
             if self.position:
-                what = f"--resume checkpoint.pth.tar continues (epoch {self.epoch}, step {self.position['step']})"
+                what = f"add --resume checkpoint.pth.tar to continue (epoch {self.epoch}, step {self.position['step']})"
             print_error(f"stopped by {signal.Signals(number).name}; {what}")
         if self.args.distributed:
             self.over_ranks(0)  # waits until rank 0 has written it
@@ -1232,7 +1248,7 @@ class DeviceLoader:
         loader.worker_init_fn = functools.partial(init_worker, run.workers_end)
         resumed = checkpoint and "position" in checkpoint and self.args.start_epoch is None
         if checkpoint and isinstance(loader.dataset, ShardPipeline):
-            names = ("world_size", "workers", "batch_size", "shuffle")
+            names = ("world_size", "workers", "batch_size", "shuffle", "image_size", "decode", "augmentation")
             self.order = {"shards": loader.shards, **{name: getattr(self.args, name) for name in names}}
             self.order["seed"] = self.args.seed or 0
         elif resumed:
@@ -1298,7 +1314,7 @@ def check_order(args, then, now, epoch):
         what = "other shards" if name == "shards" else f"--{name.replace('_', '-')} {before}, not {value}"
         if name == "world_size":
             what = f"{before} ranks, not {value}"
-        way_out = f"samples would be lost or come twice: give the same, or restart it with --start-epoch {epoch}"
+        way_out = f"the rest of the epoch would be another: use the same, or restart it with --start-epoch {epoch}"
         fail(f"--resume {args.resume}: it stopped within an epoch, with {what}; {way_out}")
 
 
@@ -1314,18 +1330,18 @@ def check_image_size(model, args):
 
 
 def init_worker(workers_end, _):
-    """In a worker: leave signals, which schedulers send to all processes, to the main process, and end with it."""
+    """In a worker: ignore signals, which schedulers send to all processes, and end with the main process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch_main, args=(workers_end,), daemon=True).start()
 
 
 def watch_main(workers_end):
-    """In a worker's thread: end the worker, even if it waits for a server, once the main process ends or was killed."""
+    """In a worker's thread: end the worker, even if it waits for a server, once the main process has ended."""
     while not workers_end and mp.parent_process().is_alive():
         time.sleep(0.2)
     if workers_end:
-        time.sleep(2)  # in which the DataLoader may end it
+        time.sleep(2)  # gives the DataLoader time to end it
     os._exit(0)
 
 

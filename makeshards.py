@@ -69,15 +69,15 @@ def parse_args():
     add("--shards", default="./shards", metavar="DIR", help="existing folder to write to (default: %(default)s)")
     add("--splits", default="train,val", metavar="LIST", help="comma-separated splits (default: %(default)s)")
     add("--maxcount", type=in_range(10**9), default=1000, metavar="N", help="samples per shard (default: %(default)s)")
-    add("--filekey", action="store_true", help="key: the file's name without its ending (default: its number)")
-    add("--seed", type=int, default=0, metavar="N", help="of the training samples' order (default: %(default)s)")
+    add("--filekey", action="store_true", help="use file names without their ending as keys (default: numbers)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the training samples' order (default: %(default)s)")
     add("--workers", type=in_range(4096), default=cores, metavar="N", help="processes (default: cores, %(default)s)")
     add("--check", action="store_true", help="decode each image, and list all that can't be decoded")
     add("--resize", type=in_range(65535), metavar="N", help="scale larger images to a shorter side of N pixels")
-    add("--quality", type=in_range(100), metavar="Q", help=f"of the scaled images' JPEG (default: {QUALITY})")
+    add("--quality", type=in_range(100), metavar="Q", help=f"JPEG quality of scaled images (default: {QUALITY})")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--verify", action="store_true", help="don't write, but read the shards; exit 1 on any problem")
-    group.add_argument("--index", metavar="URLS", help="don't write shards, but the index of these: pattern or glob")
+    group.add_argument("--index", metavar="URLS", help="write only the index of these existing shards: pattern or glob")
     args = parser.parse_args()
     args.splits = args.splits.split(",")
     if not set(args.splits) <= INDEX_NAMES.keys():
@@ -101,7 +101,7 @@ def in_range(most):
 
 
 class DataError(Exception):
-    """A user error; the message names the thing and the way out. main() prints it, whichever process raised it."""
+    """A user error; the message names the cause and the fix. main() prints it, whichever process raised it."""
 
 
 def fail(message):
@@ -109,7 +109,7 @@ def fail(message):
 
 
 def usage_error(message):
-    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if "unrecognized" in message else ""
+    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if ".tar" in message else ""
     fail(message + hint)
 
 
@@ -149,7 +149,7 @@ def main():
 
 
 def start_workers(number):
-    """The pool of worker processes, all of them started. Ctrl-C is ignored until they have been."""
+    """The pool of worker processes, once all are running. Until then Ctrl-C is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(number, initializer=init_worker)
     try:
@@ -173,7 +173,7 @@ def end_with(parent):
 
 
 def in_parallel(pool, function, jobs, what, total=None):
-    """The results of function(*job), each (samples, ...), in order; with a progress bar, in a log once per minute."""
+    """The results of function(*job), each (samples, ...), in order; with a progress bar, in a log each minute."""
     tqdm.monitor_interval = 0  # no thread
     pause = 0 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc=what, unit=" images", mininterval=pause or 0.1, delay=pause) as bar:
@@ -249,7 +249,7 @@ def raise_error(error):
 
 
 def check_classes(folder, names, classes):
-    """Report fewer classes than train/ has; others are an error."""
+    """Report missing classes; DataError for those that train/ does not have."""
     numbered = set(classes)
     others = [name for name in names if name not in numbered]
     if others:
@@ -260,7 +260,7 @@ def check_classes(folder, names, classes):
 
 
 def find_flat_images(args, folder, classes):
-    """[(path, class)] of Kaggle's val/, whose images lie side by side, with their classes in a table."""
+    """[(path, class)] of Kaggle's val/, whose images are in one folder, with their classes in a table."""
     tables = [os.path.join(parent, "LOC_val_solution.csv") for parent in (args.data, f"{folder}/../../../..")]
     table = next(filter(os.path.exists, tables), None)
     if table is None:
@@ -282,7 +282,7 @@ def find_flat_images(args, folder, classes):
 
 
 def read_image(path, resize, quality, check):
-    """(ending, bytes) of an image file; those of a JPEG if it is scaled. DataError if it is no image."""
+    """(ending, bytes) of an image file; of a JPEG if it is scaled. DataError if it is not an image."""
     ending = path.rpartition(".")[2].lower().replace("jpeg", "jpg")
     try:
         data = read_file(path)
@@ -366,7 +366,7 @@ def make_keys(args, images):
 
 
 def hash_names(samples, classes, folder):
-    """SHA-256 of the keys, classes and paths, in order. The files are not looked at: there may be millions."""
+    """SHA-256 of the keys, classes and paths, in order. The files are not read: there may be millions."""
     digest = hashlib.sha256()
     for key, path, label in samples:
         name = path.removeprefix(f"{folder}/").removeprefix(f"{classes[label]}/")
@@ -383,7 +383,7 @@ def difference(earlier, plan):
         if name == "files":
             return "other files"
         there, here = ("off" if option is None or option is False else option for option in (other, value))
-        return f"{name}: {there} there, {here} here"
+        return f"{name}: {there} then, {here} now"
     return None
 
 
@@ -416,7 +416,7 @@ def write(args, pool):
 
 
 def remove_leftovers(folder):
-    """Remove partial files, and the plan of a split of which no shard is there."""
+    """Remove partial files, and the plan of a split without shards."""
     for name in os.listdir(folder):
         if re.fullmatch(r"(imagenet-\w+-\d+\.tar|(_info|\.\w+)\.json)\.tmp", name):
             os.unlink(os.path.join(folder, name))
@@ -508,7 +508,7 @@ def write_split(args, pool, index, split, entry, shards):
     outcome = f"written, {kept} of the shards earlier" if kept else "written"
     if not written:
         outcome = "already there"
-    return f"{outcome}, not checked: --verify --check does it" if args.check and kept else outcome
+    return f"{outcome}, those not checked: use --verify --check" if args.check and kept else outcome
 
 
 def write_shard(path, known, samples, plan, check, digests_path):
@@ -552,7 +552,7 @@ def hash_file(path):
 
 
 def write_json(path, value):
-    """Write the file completely or not at all, and not before what was renamed earlier is on disk."""
+    """Write the file completely or not at all, and only after earlier renames are on disk."""
     try:
         with open(f"{path}.tmp", "w") as file:
             json.dump(value, file, indent=1)
@@ -705,7 +705,7 @@ def tar_samples(data):
     sample = {}
     with open_tar(data) as tar:
         for member in tar:
-            if member.size < 0:  # tarfile would go round in circles
+            if member.size < 0:  # tarfile would loop forever
                 raise ValueError(f"{member.name} has a negative size")
             folder, slash, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
@@ -760,7 +760,7 @@ def read_index(folder, name=INDEX):
             entry["shard_sha256"] = entry.get("shard_sha256") or [None] * len(names)
             for name, length, _ in zip(names, lengths, entry["shard_sha256"], strict=True):
                 if name.startswith("/") or ":" in name or ".." in name.split("/"):  # it could run a command
-                    raise ValueError(f"{name} is not below it")
+                    raise ValueError(f"{name} is not in its folder")
                 if not isinstance(length, int) or length < 0:
                     raise ValueError(f"{name} has {length} samples")
             if sum(lengths) != entry["num_samples"] or len(set(names)) < len(names):
@@ -795,12 +795,12 @@ def write_index(args, pool):
     alone = len(args.splits) == 1
     by_split = {split: [url for url in urls if alone or split in os.path.basename(url)] for split in args.splits}
     if sorted(url for chosen in by_split.values() for url in chosen) != sorted(urls):
-        fail(f"--index {args.index}: training or validation shards? add --splits train or --splits val")
+        fail(f"--index {args.index}: can't tell training from validation shards; add --splits train or --splits val")
     for split, chosen in by_split.items():
         if not chosen:
             continue
         if INDEX_NAMES[split] in index["splits"]:
-            fail(f"{path}: names {split} shards already; delete it first")
+            fail(f"{path}: names {split} shards already; delete this file first")
         lengths = []
         digests = []
         results = in_parallel(pool, check_shard, zip(chosen), split)

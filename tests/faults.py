@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def retries(stderr):
     """[(url, what happened, pause)] of the lines that tell of them."""
-    return re.findall(r"^(.+?): (.*); reading it again in (\S+) s$", stderr, re.M)
+    return re.findall(r"^(.+?): (.*); retrying in (\S+) s$", stderr, re.M)
 
 
 class Hang(BaseException):

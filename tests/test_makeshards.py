@@ -250,13 +250,13 @@ def test_refusals(case, pets):
 def test_shards_of_something_else_are_left_alone(pets):
     run("makeshards.py", cwd=pets)
     before = {path.name: path.read_bytes() for path in (pets / "shards").iterdir()}
-    assert "maxcount: 1000 there, 2 here" in error_of("makeshards.py", "--maxcount", 2, cwd=pets)
-    assert "seed: 0 there, 1 here" in error_of("makeshards.py", "--seed", 1, cwd=pets)
-    assert "filekey: off there, True here" in error_of("makeshards.py", "--filekey", cwd=pets)
+    assert "maxcount: 1000 then, 2 now" in error_of("makeshards.py", "--maxcount", 2, cwd=pets)
+    assert "seed: 0 then, 1 now" in error_of("makeshards.py", "--seed", 1, cwd=pets)
+    assert "filekey: off then, True now" in error_of("makeshards.py", "--filekey", cwd=pets)
     folder_of_images(pets / "birds", ["owl", "tit"])
     assert "other classes" in error_of("makeshards.py", "--data", "birds", cwd=pets)
     folder_of_images(pets / "more", ["cat", "dog"], count=4)
-    assert "images: 6 there, 8 here" in error_of("makeshards.py", "--data", "more", cwd=pets)
+    assert "images: 6 then, 8 now" in error_of("makeshards.py", "--data", "more", cwd=pets)
     assert before == {path.name: path.read_bytes() for path in (pets / "shards").iterdir()}
     os.unlink(pets / "shards/_info.json")
     assert "imagenet-train-000000.tar is there without an index" in error_of("makeshards.py", cwd=pets)
@@ -558,9 +558,9 @@ def test_shards_of_another_resize_are_left_alone(pets):
     run("makeshards.py", "--resize", 20, "--splits", "train", cwd=pets)
     before = {path.name: path.read_bytes() for path in (pets / "shards").iterdir()}
     for options, what in (
-        ([], "resize: 20 there, off here"),
-        (["--resize", 21], "resize: 20 there, 21 here"),
-        (["--resize", 20, "--quality", 80], "quality: 90 there, 80 here"),
+        ([], "resize: 20 then, off now"),
+        (["--resize", 21], "resize: 20 then, 21 now"),
+        (["--resize", 20, "--quality", 80], "quality: 90 then, 80 now"),
     ):
         message = error_of("makeshards.py", *options, cwd=pets)
         assert f"its train shards were written with other options or images ({what}); use another --shards" in message
@@ -570,7 +570,7 @@ def test_shards_of_another_resize_are_left_alone(pets):
     (pets / "plain").mkdir()
     run("makeshards.py", "--shards", "plain", cwd=pets)
     message = error_of("makeshards.py", "--shards", "plain", "--resize", 20, cwd=pets)
-    assert "resize: off there, 20 here" in message
+    assert "resize: off then, 20 now" in message
 
 
 def test_a_large_image_that_cannot_be_decoded(pets):

@@ -325,19 +325,19 @@ MISTAKES = {
     "beside the shards or in --shards …; write it with makeshards.py --index": wds_error(
         "--valshards", "pipe:cat none.tar", "--shards", "empty"
     ),
-    "names 0 shards of the index, not one": wds_error("--trainshards", "pipe:cat none.tar"),
+    "matches 0 shards of the index, not one": wds_error("--trainshards", "pipe:cat none.tar"),
     "training and validation shards have different classes": after(
         lambda folder: change_index(folder, other_classes), wds_error()
     ),
     "… samples, but … by its index": after(lambda folder: rewrite(folder, lambda members: members[:-2]), wds_error()),
     "broken after … of its … samples": after(cut, wds_error()),
     "…: sample …: not a readable image": after(lambda folder: rewrite(folder, spoil_an_image), wds_error()),
-    "reading it again in 1 s": stumble,
+    "retrying in 1 s": stumble,
     "not a single-output classifier of torchvision; try …": wds_error("-a", "resnet5"),
-    ": it holds a …; add --arch …": after(lambda folder: checkpoint(folder, arch="resnet18"), wds_error(*RESUME)),
+    ": it is for …; add --arch …": after(lambda folder: checkpoint(folder, arch="resnet18"), wds_error(*RESUME)),
     "the checkpoint's options are kept: …": after(checkpoint, wds_output(*RESUME, "--lr", 1)),
     "no checkpoint found at …": wds_output("--resume", "none", "--epochs", 0),
-    "no checkpoint of this script": wds_error("--resume", "data/.sample"),
+    "not a checkpoint of this script": wds_error("--resume", "data/.sample"),
     "it stopped within an epoch, with …": after(
         lambda folder: checkpoint(folder, position=POSITION), wds_error(*RESUME, "-j", 1)
     ),

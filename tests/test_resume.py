@@ -330,7 +330,7 @@ def stopped(run, number, alone=False):
     """
     _, (line,) = run.finish(status=128 + number, lines=1)
     name = "SIGTERM" if alone else f"(?:{signal.Signals(number).name}|SIGTERM)"
-    form = rf"main-wds\.py: stopped by {name}; --resume checkpoint\.pth\.tar continues \(epoch (\d+), step (\d+)\)"
+    form = rf"main-wds\.py: stopped by {name}; add --resume checkpoint\.pth\.tar to continue \(epoch (\d+), step (\d+)\)"
     epoch, step = map(int, re.fullmatch(form, line).groups())
     state = checkpoint(run.cwd)
     assert (state["epoch"], state["position"]["step"]) == (epoch, step)
@@ -416,7 +416,7 @@ def test_a_pickle_that_would_run_something(script, start, folders, shards, tmp_p
     torch.save({**state, "scheduler": {}}, tmp_path / "evil.tar")
     args = [arg for arg in ARGS if script == "main-wds.py" or arg not in ("--image-size", "32")]
     _, (line,) = start(*args, *data, "--resume", "evil.tar", script=script).finish(status=2, lines=1)
-    assert line.startswith(f"{script}: --resume evil.tar: no checkpoint of this script")
+    assert line.startswith(f"{script}: --resume evil.tar: not a checkpoint of this script")
     assert not (tmp_path / "pwned").exists()
 
 
@@ -771,7 +771,7 @@ def test_a_rank_is_killed(script, start, folders, shards):
     run = start(*args, *ddp(), script=script).until("^Epoch", count=2)
     os.kill(ranks_of(run)[script == "main-orig.py"], signal.SIGKILL)
     _, (line,) = run.finish(status=1, lines=1)
-    form = r"process \d terminated with signal SIGKILL; the other processes of this node were ended"
+    form = r"process \d terminated with signal SIGKILL; the other processes of this node were terminated"
     assert re.fullmatch(rf"{script}: {form}", line)
 
 

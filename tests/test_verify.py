@@ -415,7 +415,7 @@ def test_images_are_decoded_if_asked_for(copy, call):
     fault = f"{VAL[0]}: sample 0000002 can't be decoded (image file is truncated"
     check_faults(call, copy, [fault], "--shards", "out", "--check")
     stdout, _ = call("makeshards.py", "--shards", "out", "--maxcount", 3, "--check", cwd=copy)
-    assert stdout.count("already there, not checked: --verify --check does it\n") == 2
+    assert stdout.count("already there, those not checked: use --verify --check\n") == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names there are bytes")
@@ -521,14 +521,14 @@ def test_check_lists_all_bad_images(made, tmp_path):
             assert "_info.json" not in there and stdout == ""
         else:
             assert list(json.loads(there["_info.json"])["splits"]) == ["train"]
-            unchecked = "1 of the shards earlier, not checked: --verify --check does it"
+            unchecked = "1 of the shards earlier, those not checked: use --verify --check"
             assert stdout == f"train: 3 shards, 8 samples written, {unchecked}\n"
         bad_ones = {*TRAIN[:2], *VAL} if split == "train" else {VAL[0], VAL[2]}
         assert {name for name in there if name.endswith((".tar", ".tmp"))} == {*TRAIN, *VAL} - bad_ones
         for path in paths:
             shutil.copy(made / path, tmp_path / path)
     stdout, _ = run(*args, cwd=tmp_path)
-    assert stdout.startswith("train: 3 shards, 8 samples already there, not checked: --verify --check does it\n")
+    assert stdout.startswith("train: 3 shards, 8 samples already there, those not checked: use --verify --check\n")
     assert content(tmp_path / "good") == content(made / "shards")
 
 

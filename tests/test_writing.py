@@ -469,12 +469,12 @@ def test_a_run_of_another_plan_is_not_continued(server, place, many):
             path = place / name / split / "a/000.jpg"  # its key is the next one's then
             (os.link if name == "more" else os.rename)(path, path.with_name("other.jpg"))
     cases = [
-        (("--seed", 1), "seed: 0 there, 1 here"),
-        (("--maxcount", 7), "maxcount: 6 there, 7 here"),
-        (("--resize", 25), "resize: 24 there, 25 here"),
-        (("--quality", 80), "quality: 90 there, 80 here"),
-        (("--filekey",), "filekey: off there, True here"),
-        (("--data", place / "more"), "images: {} there, {} here"),
+        (("--seed", 1), "seed: 0 then, 1 now"),
+        (("--maxcount", 7), "maxcount: 6 then, 7 now"),
+        (("--resize", 25), "resize: 24 then, 25 now"),
+        (("--quality", 80), "quality: 90 then, 80 now"),
+        (("--filekey",), "filekey: off then, True now"),
+        (("--data", place / "more"), "images: {} then, {} now"),
         (("--data", place / "renamed"), "other files"),
     ]
     for split, count, images in (("train", 3, TRAIN), ("val", 42, VAL)):
