@@ -330,7 +330,8 @@ def stopped(run, number, alone=False):
     """
     _, (line,) = run.finish(status=128 + number, lines=1)
     name = "SIGTERM" if alone else f"(?:{signal.Signals(number).name}|SIGTERM)"
-    form = rf"main-wds\.py: stopped by {name}; add --resume checkpoint\.pth\.tar to continue \(epoch (\d+), step (\d+)\)"
+    form = rf"main-wds\.py: stopped by {name}; add --resume checkpoint\.pth\.tar to continue "
+    form += r"\(epoch (\d+), step (\d+)\)"
     epoch, step = map(int, re.fullmatch(form, line).groups())
     state = checkpoint(run.cwd)
     assert (state["epoch"], state["position"]["step"]) == (epoch, step)
