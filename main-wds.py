@@ -51,6 +51,7 @@ import json
 import threading
 import urllib.request
 import warnings
+from multiprocessing.util import Finalize
 from urllib.error import HTTPError
 
 import webdataset as wds
@@ -1194,6 +1195,7 @@ class Run:
         self.signal = 0
         self.second_after = math.inf  # before it a signal is a duplicate: a terminal and torchrun both send one
         self.workers_end = torch.tensor(False).share_memory_()
+        Finalize(None, self.workers_end.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
         for number in SIGNALS:
             signal.signal(number, self.note_signal)
 
@@ -1218,6 +1220,7 @@ class Run:
         if not number:
             return
         self.save()
+        self.workers_end.fill_(True)
         if self.args.rank == 0:
             what = "nothing was saved since the last whole epoch"
             if self.position:

@@ -144,7 +144,7 @@ def test_one_dataset(missing, there, small, tmp_path):
     more = ["wds/tensor, resized"] if resized else []
     ceilings = ["ceiling pil", "ceiling tensor", "ceiling v2"]
     assert rows_of(json_, "loading") == [f"{there}/pil", f"{there}/tensor", *more, "dummy", *ceilings]
-    assert {run["images"] for run in json_["runs"]} == {40} and f"times {there}/pil\n" in stdout
+    assert {run["images"] for run in json_["runs"]} == {40} and f"relative to {there}/pil\n" in stdout
     assert missing == "data" or "makeshards.py: " in stderr
 
 

@@ -215,7 +215,7 @@ def test_what_is_yours_is_left_alone(kind, project):
     for name in ("venv", "data", "shards"):
         OWN[kind](project / name)
     before = snapshot(project)
-    assert "is no virtual environment" in error_of(project, "venv", **env)
+    assert "is not a virtual environment" in error_of(project, "venv", **env)
     assert "left as it is" in run(project, "sample", "--train", "1")[0]
     assert run(project, "clean") == ("", "")
     assert snapshot(project) == before
