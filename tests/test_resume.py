@@ -207,7 +207,7 @@ class Run:
         assert not left
         out, err = (self.cwd / "out").read_text(), (self.cwd / "err").read_text()
         err = [line for line in err.splitlines() if "Terminating process" not in line]  # PyTorch's log of the others
-        assert len(err) == lines and "Traceback" not in out, self.output()
+        assert lines in (None, len(err)) and "Traceback" not in out, self.output()
         return out, err
 
     def wait(self, timeout):
@@ -771,7 +771,8 @@ def test_a_rank_is_killed(script, start, folders, shards):
     args += [folders] if script == "main-orig.py" else ["--shards", shards, "--image-size", 32]
     run = start(*args, *ddp(), script=script).until("^Epoch", count=2)
     os.kill(ranks_of(run)[script == "main-orig.py"], signal.SIGKILL)
-    _, (line,) = run.finish(status=1, lines=1)
+    _, lines = run.finish(status=1, lines=None)
+    (line,) = [line for line in lines if not line.startswith("[rank")]  # Python's, if a worker was just sending
     form = r"process \d terminated with signal SIGKILL; the other processes of this node were terminated"
     assert re.fullmatch(rf"{script}: {form}", line)
 
