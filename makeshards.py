@@ -133,8 +133,11 @@ def main():
         args = parse_args()
         pool = start_workers(args.workers)
         try:
-            task = write_index if args.index is not None else verify if args.verify else write
-            sys.exit(task(args, pool))
+            if args.index is not None:
+                sys.exit(write_index(args, pool))
+            if args.verify:
+                sys.exit(verify(args, pool))
+            sys.exit(write(args, pool))
         finally:
             pool.shutdown(cancel_futures=True)
     except (DataError, OSError) as error:
@@ -174,7 +177,7 @@ def end_with(parent):
 
 def in_parallel(pool, function, jobs, what, total=None):
     """The results of function(*job), each (samples, ...), in order; with a progress bar, in a log each minute."""
-    tqdm.monitor_interval = 0  # no thread
+    tqdm.monitor_interval = 0  # without a thread of its own: forking beside threads may deadlock
     pause = 0 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc=what, unit=" images", mininterval=pause or 0.1, delay=pause) as bar:
         for result in pool.map(function, *zip(*jobs, strict=True)):
@@ -230,9 +233,10 @@ def find_images(args, split, classes):
     found = []
     try:
         for name in tqdm(names, desc=f"finding {split} images", unit=" classes", delay=3, leave=False):
+            label = classes.index(name)
             before = len(found)
             for root, _, files in sorted(os.walk(os.path.join(folder, name), onerror=raise_error, followlinks=True)):
-                found += [(os.path.join(root, file), classes.index(name)) for file in sorted(files) if is_image(file)]
+                found += [(os.path.join(root, file), label) for file in sorted(files) if is_image(file)]
             if len(found) == before:
                 raise FileNotFoundError(f"no images in {folder}/{name}")
     except OSError as error:
@@ -584,7 +588,8 @@ def verify(args, pool):
             fail(f"--shards {args.shards}: its {split} shards are unfinished; run makeshards.py again")
         else:
             fail(f"--shards {args.shards}: no {INDEX} there that names {split} shards; write them, or use --splits")
-    print(*damaged, *differing, sep="\n", end="\n" if damaged or differing else "")
+    for message in damaged + differing:
+        print(message)
     written_here = any("plan" in entry for entry in index["splits"].values())
     if damaged:
         way_out = ": run the command that wrote the shards again to replace them" if written_here else ""
@@ -620,8 +625,10 @@ def verify_split(args, pool, index, split, damaged, differing):
                 bad.append(f"{path}: sample {key} is also in {first[key]}")
             first[key] = path
         if known not in (None, sha256):  # then the shard is to blame
-            bad = bad + images or [f"{path}: not the bytes that were written, by their SHA-256"]
+            bad += images
             images = []
+            if not bad:
+                bad.append(f"{path}: not the bytes that were written, by their SHA-256")
         damaged += bad
         differing += images
     decoded = "" if args.check else "; images not decoded (see --check)"
@@ -824,7 +831,10 @@ def expand(pattern):
         fail(f"{pattern}: {first_line(error)}")
     found = []
     for url in urls:
-        found += (sorted(glob.glob(url)) or fail(f"{url}: no shard matches")) if is_local(url) else [url]
+        if is_local(url):
+            found += sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
+        else:
+            found.append(url)
     return found
 
 
