@@ -84,19 +84,8 @@ def parse_args():
     add("--shards", metavar="DIR", default="./shards", help=f"wds: folder or URL of {INDEX} (default: %(default)s)")
     add("--trainshards", metavar="URLS", help="wds: where the training shards are (default: beside the index)")
     add("--valshards", metavar="URLS", help="wds: where the validation shards are (default: beside the index)")
-    add(
-        "--shuffle",
-        type=number,
-        default=1000,
-        metavar="N",
-        help="wds: samples in each worker's buffer (default: %(default)s)",
-    )
-    add(
-        "--decode",
-        choices=DECODERS,
-        default="tensor",
-        help="tensor: fast JPEG decoder; pil: Pillow (default: %(default)s)",
-    )
+    add("--shuffle", type=number, default=1000, metavar="N", help="wds: samples per buffer (default: %(default)s)")
+    add("--decode", choices=DECODERS, default="tensor", help="JPEG decoder: fast or Pillow (default: %(default)s)")
     add("--augmentation", choices=["full", "simple"], default="full", help="simple: center crop (default: %(default)s)")
     add("--image-size", type=count, default=224, metavar="N", help="pixels per side (default: %(default)s)")
     add("--checkpoint-steps", type=count, metavar="N", help="wds: also save a checkpoint every N steps (default: off)")
@@ -1317,7 +1306,7 @@ def check_order(args, then, now, epoch):
         what = "other shards" if name == "shards" else f"--{name.replace('_', '-')} {before}, not {value}"
         if name == "world_size":
             what = f"{before} ranks, not {value}"
-        way_out = f"the rest of the epoch would be another: use the same, or restart it with --start-epoch {epoch}"
+        way_out = f"the rest of the epoch would differ: use the same, or restart it with --start-epoch {epoch}"
         fail(f"--resume {args.resume}: it stopped within an epoch, with {what}; {way_out}")
 
 
