@@ -7,7 +7,7 @@
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 main-orig.py DIR
     python main-orig.py --multiprocessing-distributed DIR      all GPUs of this node; without a GPU two CPU processes
     python main-orig.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://HOST:29500 DIR
-    python main-orig.py --resume checkpoint.pth.tar DIR        continue after the last whole epoch
+    python main-orig.py --resume checkpoint.pth.tar DIR        continue after the last complete epoch
     python main-orig.py --evaluate --pretrained DIR            validate a pre-trained model
     python main-orig.py --dummy                                measure the speed without any data
     DIR holds train/ and val/, each with a folder of images per class
@@ -59,10 +59,10 @@ def parse_args():
     real = at_least(0, float)
     add("data", metavar="DIR", nargs="?", default="imagenet", help="path to the dataset (default: %(default)s)")
     add("-a", "--arch", default="resnet18", help=f"model architecture, from {ARCHS_URL} (default: %(default)s)")
-    add("-j", "--workers", type=number, default=4, metavar="N", help="data loading workers (default: %(default)s)")
+    add("-j", "--workers", type=number, default=4, metavar="N", help="data workers per node (default: %(default)s)")
     add("--epochs", type=number, default=90, metavar="N", help="number of epochs to run (default: %(default)s)")
     add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or from --resume)")
-    add("-b", "--batch-size", type=count, default=256, metavar="N", help="total per node (default: %(default)s)")
+    add("-b", "--batch-size", type=count, default=256, metavar="N", help="batch size per node (default: %(default)s)")
     add("--lr", "--learning-rate", type=real, default=0.1, help="initial learning rate (default: %(default)s)")
     add("--momentum", type=real, default=0.9, metavar="M", help="momentum (default: %(default)s)")
     add("--wd", "--weight-decay", type=real, default=1e-4, dest="weight_decay", help="decay (default: %(default)s)")
@@ -78,13 +78,13 @@ def parse_args():
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
     add("--multiprocessing-distributed", action="store_true", help="start one process for each GPU of this node")
-    add("--dummy", action="store_true", help="use random images of ImageNet's size instead of data")
-    add("--amp", action="store_true", help="train in bfloat16, with channels-last memory")
+    add("--dummy", action="store_true", help="use fake data, as many images as ImageNet has")
+    add("--amp", action="store_true", help="use bfloat16 autocast and channels-last memory format")
     args = parser.parse_args()
     args.memory_format = torch.channels_last if args.amp else torch.contiguous_format
     if args.arch not in ARCHS:
         close = difflib.get_close_matches(args.arch, ARCHS) or ["resnet18", "resnet50"]
-        fail(f"--arch {args.arch}: not a single-output classifier of torchvision; try {', '.join(close)}")
+        fail(f"--arch {args.arch}: not a single-output torchvision classifier; try {', '.join(close)}")
     nodes = max(args.world_size, 1)
     if args.rank >= nodes or (nodes > 1 and args.rank < 0):
         fail(f"--rank {args.rank}, --world-size {args.world_size}: give both, the rank from 0 to {nodes - 1}")
@@ -92,7 +92,7 @@ def parse_args():
 
 
 def at_least(low, kind=int):
-    """An argparse type: numbers from low, whole ones unless kind is float."""
+    """An argparse type: numbers of at least low; integers unless kind is float."""
 
     def number(text):
         value = kind(text)
@@ -127,7 +127,7 @@ def print_line(line, error=False):
         return
     try:
         line = re.sub(r"://\S*@", "://", line).encode(file.encoding or "utf-8", "backslashreplace")
-        file.write(line.decode(file.encoding or "utf-8") + "\n")  # at once: other processes write there too
+        file.write(line.decode(file.encoding or "utf-8") + "\n")  # in one write: other processes write there too
         file.flush()
     except OSError:  # discard what follows; else Python would fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -186,7 +186,7 @@ def start(args):
 
 
 def spawn(nprocs, args):
-    """Run the processes of this node. A signal may come to this process alone, so it is passed on to them."""
+    """Run the processes of this node. A signal may be sent to this process only, so it is forwarded."""
     args.world_size *= nprocs
     context = mp.spawn(run_worker, (nprocs, args), nprocs=nprocs, join=False)
     received = []
@@ -219,7 +219,7 @@ def run_worker(gpu, ngpus_per_node, args):
         if "shared memory" in text or "No space left on device" in text:
             fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
         if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
-            fail(f"a data worker ended ({first_line(error)}); if out of memory, lower --workers or --batch-size")
+            fail(f"a data worker died ({first_line(error)}); if out of memory, lower --workers or --batch-size")
         if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
             raise
         if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
@@ -231,14 +231,14 @@ def run_worker(gpu, ngpus_per_node, args):
 
 def main_worker(gpu, ngpus_per_node, args):
     """Train and validate in one of the ngpus_per_node processes of this node."""
-    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's, each data worker takes seconds
+    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's, data workers take seconds to start
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
     if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would drop all batches, silently
         fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
     if args.batch_size < ngpus_per_node:
-        fail(f"--batch-size {args.batch_size}: too few for the {ngpus_per_node} processes of this node")
+        fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
     args.ngpus_per_node = ngpus_per_node
     device = pick_device(gpu, args)
     args.device = device
@@ -269,7 +269,7 @@ def main_worker(gpu, ngpus_per_node, args):
     best_acc1 = checkpoint["best_acc1"]
 
     def state(epoch):
-        """What a checkpoint holds; epoch is the one to resume with."""
+        """What a checkpoint holds; epoch is the one to resume at."""
         return {
             "epoch": epoch,
             "arch": args.arch,
@@ -289,7 +289,7 @@ def main_worker(gpu, ngpus_per_node, args):
     check_ranks_agree(args, {"number of batches": len(train_loader)})
     check_writable(args)
     if first_epoch >= args.epochs:
-        say(args, f"=> all {args.epochs} epochs are done; to continue, increase --epochs")
+        say(args, f"=> all epochs are done (--epochs {args.epochs}); increase it to continue")
     for epoch in range(first_epoch, args.epochs):
         set_seed(args, epoch)
         if args.distributed:
@@ -413,7 +413,7 @@ def make_loader(args, dataset, **order):
 def open_folder(args, split):
     """DIR/train or DIR/val as torchvision's ImageFolder, whose classes are the sorted names of the class folders."""
     transform = make_transform(args, split)
-    if args.dummy:  # the same random image each time, so that making it takes no time
+    if args.dummy:  # always the same random image: generating it must take no time
         image = transform(Image.frombytes("RGB", (224, 224), random.randbytes(3 * 224 * 224)))
         size = TRAIN_SIZE if split == "train" else VAL_SIZE
         return TensorDataset(image.expand(size, *image.shape), torch.arange(size) % NUM_CLASSES)
@@ -424,7 +424,7 @@ def open_folder(args, split):
         fail(f"{args.data}: {first_line(error)}; it must hold train/ and val/, each with a folder of images per class")
     differing = sorted(set(dataset.classes) ^ set(classes))
     if differing:
-        fail(f"{args.data}: train/ and val/ differ in their class folders, e.g. {', '.join(differing[:5])}")
+        fail(f"{args.data}: train/ and val/ have different class folders, e.g. {', '.join(differing[:5])}")
     if len(classes) > NUM_CLASSES:
         fail(f"{args.data}: {len(classes)} class folders, but the model has {NUM_CLASSES} outputs")
     check_ranks_agree(args, {f"number of {split} images": len(dataset)})
@@ -447,7 +447,7 @@ def decode_pil(data):
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow raises nearly any type on broken files
+    except Exception as error:  # Pillow raises almost any exception type on broken files
         reason = first_line(error).partition(" <_io.")[0]  # without the address of the bytes
         raise DataError(f"not a readable image ({reason})") from error
 
@@ -467,7 +467,7 @@ def load_image(path, decode=decode_pil):
 
 
 def train(train_loader, model, criterion, optimizer, epoch, device, args, first_step=0):
-    """Train for an epoch, or for the rest of it. `Data` is the part of `Time` spent waiting for the loader, in s."""
+    """Train for an epoch, or for the rest of it. `Data`: seconds of `Time` spent waiting for the loader."""
     batch_time = AverageMeter("Time", ":6.3f")
     data_time = AverageMeter("Data", ":6.3f")
     losses = AverageMeter("Loss", ":.4e")
@@ -553,12 +553,12 @@ def check_writable(args):
         if args.rank == 0:
             tempfile.TemporaryFile(dir=".").close()
     except OSError as error:
-        fail(f"current folder: can't write checkpoints there ({error.strerror}); run in another one")
+        fail(f"can't write checkpoints to the current folder ({error.strerror}); run in another one")
 
 
 def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     """Write the state. The previous file stays until the new one is complete and on disk."""
-    buffer = io.BytesIO()  # if the disk is full, torch.save() to a file would not say so
+    buffer = io.BytesIO()  # torch.save() to a file would not report a full disk
     torch.save(state, buffer)
     # the best first: otherwise it would be missing after a kill between the two
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
@@ -572,11 +572,11 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
         except OSError as error:
             if os.path.exists(partial):
                 os.unlink(partial)
-            fail(f"current folder: can't write {name} there ({error.strerror})")
+            fail(f"can't write {name} to the current folder ({error.strerror})")
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
-    """Load --resume, ours or pytorch/examples', into all three, and return it, or an initial one if there is none."""
+    """Load --resume, also one of pytorch/examples, into all three and return it; an initial one if there is none."""
     checkpoint = {"epoch": 0, "best_acc1": 0.0}
     if args.resume and os.path.isfile(args.resume):
         checkpoint = read_checkpoint(args, getattr(model, "module", model), optimizer, scheduler)
@@ -603,7 +603,7 @@ def read_checkpoint(args, model, optimizer, scheduler):
         if missing:
             fail(f"no {', '.join(sorted(missing))} in it")
     except Exception as error:  # torch.load raises nearly any type on other files
-        reason = first_line(error).partition(". ")[0]  # without PyTorch's advice to run what the file may hold
+        reason = first_line(error).partition(". ")[0]  # without PyTorch's advice to load unsafely
         fail(f"--resume {args.resume}: not a checkpoint of this script ({reason})")
     if checkpoint["arch"] != args.arch:
         fail(f"--resume {args.resume}: it is for {checkpoint['arch']}; add --arch {checkpoint['arch']}")

@@ -81,19 +81,19 @@ def parse_args():
     real = at_least(0, float)
     add("--dataset", "--loader", choices=LOADERS, default="wds", help="read shards or folders (default: %(default)s)")
     add("--data", metavar="DIR", default="./data", help="orig: path to the dataset (default: %(default)s)")
-    add("--shards", metavar="DIR", default="./shards", help=f"wds: folder or URL of {INDEX} (default: %(default)s)")
-    add("--trainshards", metavar="URLS", help="wds: where the training shards are (default: beside the index)")
+    add("--shards", metavar="DIR", default="./shards", help=f"wds: folder or URL with {INDEX} (default: %(default)s)")
+    add("--trainshards", metavar="URLS", help="wds: pattern of the training shards (default: beside the index)")
     add("--valshards", metavar="URLS", help="wds: where the validation shards are (default: beside the index)")
-    add("--shuffle", type=number, default=1000, metavar="N", help="wds: samples per buffer (default: %(default)s)")
+    add("--shuffle", type=number, default=1000, metavar="N", help="wds: shuffle buffer size (default: %(default)s)")
     add("--decode", choices=DECODERS, default="tensor", help="JPEG decoder: fast or Pillow (default: %(default)s)")
     add("--augmentation", choices=["full", "simple"], default="full", help="simple: center crop (default: %(default)s)")
     add("--image-size", type=count, default=224, metavar="N", help="pixels per side (default: %(default)s)")
     add("--checkpoint-steps", type=count, metavar="N", help="wds: also save a checkpoint every N steps (default: off)")
     add("-a", "--arch", default="resnet18", help=f"model architecture, from {ARCHS_URL} (default: %(default)s)")
-    add("-j", "--workers", type=number, default=4, metavar="N", help="data loading workers (default: %(default)s)")
+    add("-j", "--workers", type=number, default=4, metavar="N", help="data workers per node (default: %(default)s)")
     add("--epochs", type=number, default=90, metavar="N", help="number of epochs to run (default: %(default)s)")
     add("--start-epoch", type=number, metavar="N", help="epoch to start with (default: 0, or from --resume)")
-    add("-b", "--batch-size", type=count, default=256, metavar="N", help="total per node (default: %(default)s)")
+    add("-b", "--batch-size", type=count, default=256, metavar="N", help="batch size per node (default: %(default)s)")
     add("--lr", "--learning-rate", type=real, default=0.1, help="initial learning rate (default: %(default)s)")
     add("--momentum", type=real, default=0.9, metavar="M", help="momentum (default: %(default)s)")
     add("--wd", "--weight-decay", type=real, default=1e-4, dest="weight_decay", help="decay (default: %(default)s)")
@@ -109,13 +109,13 @@ def parse_args():
     add("--gpu", type=number, metavar="N", help="use this GPU only (default: all)")
     add("--no-accel", action="store_true", help="use the CPU even if there is an accelerator")
     add("--multiprocessing-distributed", action="store_true", help="start one process for each GPU of this node")
-    add("--dummy", action="store_true", help="use random images of ImageNet's size instead of data")
-    add("--amp", action="store_true", help="train in bfloat16, with channels-last memory")
+    add("--dummy", action="store_true", help="use fake data, as many images as ImageNet has")
+    add("--amp", action="store_true", help="use bfloat16 autocast and channels-last memory format")
     args = parser.parse_args()
     args.memory_format = torch.channels_last if args.amp else torch.contiguous_format
     if args.arch not in ARCHS:
         close = difflib.get_close_matches(args.arch, ARCHS) or ["resnet18", "resnet50"]
-        fail(f"--arch {args.arch}: not a single-output classifier of torchvision; try {', '.join(close)}")
+        fail(f"--arch {args.arch}: not a single-output torchvision classifier; try {', '.join(close)}")
     nodes = max(args.world_size, 1)
     if args.rank >= nodes or (nodes > 1 and args.rank < 0):
         fail(f"--rank {args.rank}, --world-size {args.world_size}: give both, the rank from 0 to {nodes - 1}")
@@ -123,7 +123,7 @@ def parse_args():
 
 
 def at_least(low, kind=int):
-    """An argparse type: numbers from low, whole ones unless kind is float."""
+    """An argparse type: numbers of at least low; integers unless kind is float."""
 
     def number(text):
         value = kind(text)
@@ -158,7 +158,7 @@ def print_line(line, error=False):
         return
     try:
         line = re.sub(r"://\S*@", "://", line).encode(file.encoding or "utf-8", "backslashreplace")
-        file.write(line.decode(file.encoding or "utf-8") + "\n")  # at once: other processes write there too
+        file.write(line.decode(file.encoding or "utf-8") + "\n")  # in one write: other processes write there too
         file.flush()
     except OSError:  # discard what follows; else Python would fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -217,7 +217,7 @@ def start(args):
 
 
 def spawn(nprocs, args):
-    """Run the processes of this node. A signal may come to this process alone, so it is passed on to them."""
+    """Run the processes of this node. A signal may be sent to this process only, so it is forwarded."""
     args.world_size *= nprocs
     context = mp.spawn(run_worker, (nprocs, args), nprocs=nprocs, join=False)
     received = []
@@ -250,7 +250,7 @@ def run_worker(gpu, ngpus_per_node, args):
         if "shared memory" in text or "No space left on device" in text:
             fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
         if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
-            fail(f"a data worker ended ({first_line(error)}); if out of memory, lower --workers or --batch-size")
+            fail(f"a data worker died ({first_line(error)}); if out of memory, lower --workers or --batch-size")
         if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
             raise
         if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
@@ -262,14 +262,14 @@ def run_worker(gpu, ngpus_per_node, args):
 
 def main_worker(gpu, ngpus_per_node, args):
     """Train and validate in one of the ngpus_per_node processes of this node."""
-    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's, each data worker takes seconds
+    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's, data workers take seconds to start
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
     if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would drop all batches, silently
         fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
     if args.batch_size < ngpus_per_node:
-        fail(f"--batch-size {args.batch_size}: too few for the {ngpus_per_node} processes of this node")
+        fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
     args.ngpus_per_node = ngpus_per_node
     device = pick_device(gpu, args)
     args.device = device
@@ -300,7 +300,7 @@ def main_worker(gpu, ngpus_per_node, args):
     best_acc1 = checkpoint["best_acc1"]
 
     def state(epoch):
-        """What a checkpoint holds; epoch is the one to resume with."""
+        """What a checkpoint holds; epoch is the one to resume at."""
         return {
             "epoch": epoch,
             "arch": args.arch,
@@ -322,7 +322,7 @@ def main_worker(gpu, ngpus_per_node, args):
     check_ranks_agree(args, {"number of batches": len(train_loader)})
     check_writable(args)
     if first_epoch >= args.epochs:
-        say(args, f"=> all {args.epochs} epochs are done; to continue, increase --epochs")
+        say(args, f"=> all epochs are done (--epochs {args.epochs}); increase it to continue")
     for epoch in range(first_epoch, args.epochs):
         set_seed(args, epoch)
         train_loader.set_epoch(epoch)
@@ -445,7 +445,7 @@ def make_loader(args, dataset, **order):
 def open_folder(args, split):
     """DIR/train or DIR/val as torchvision's ImageFolder, whose classes are the sorted names of the class folders."""
     transform = make_transform(args, split)
-    if args.dummy:  # the same random image each time, so that making it takes no time
+    if args.dummy:  # always the same random image: generating it must take no time
         image = transform(Image.frombytes("RGB", (224, 224), random.randbytes(3 * 224 * 224)))
         size = TRAIN_SIZE if split == "train" else VAL_SIZE
         return TensorDataset(image.expand(size, *image.shape), torch.arange(size) % NUM_CLASSES)
@@ -457,7 +457,7 @@ def open_folder(args, split):
         fail(f"{args.data}: {first_line(error)}; it must hold train/ and val/, each with a folder of images per class")
     differing = sorted(set(dataset.classes) ^ set(classes))
     if differing:
-        fail(f"{args.data}: train/ and val/ differ in their class folders, e.g. {', '.join(differing[:5])}")
+        fail(f"{args.data}: train/ and val/ have different class folders, e.g. {', '.join(differing[:5])}")
     if len(classes) > NUM_CLASSES:
         fail(f"{args.data}: {len(classes)} class folders, but the model has {NUM_CLASSES} outputs")
     check_ranks_agree(args, {f"number of {split} images": len(dataset)})
@@ -466,7 +466,7 @@ def open_folder(args, split):
 
 
 def make_transform(args, split):
-    """From a decoded image to what the workers return. Random for the training split, unless "simple".
+    """From a decoded image to what the workers return. Random in training, unless --augmentation simple.
 
     --decode pil: float32 (3, S, S), normalized. --decode tensor: uint8 (S, S, 3), which DeviceLoader normalizes.
     """
@@ -474,7 +474,7 @@ def make_transform(args, split):
     stages = [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
     if split == "train" and args.augmentation == "full":
         stages = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        if args.decode == "tensor":  # the same in half the time
+        if args.decode == "tensor":  # equivalent, in half the time
             stages = [functools.partial(random_crop, size=size)]
     if args.dummy:
         stages = [v2.PILToTensor(), v2.CenterCrop(size)]
@@ -488,7 +488,7 @@ def decode_pil(data):
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow raises nearly any type on broken files
+    except Exception as error:  # Pillow raises almost any exception type on broken files
         reason = first_line(error).partition(" <_io.")[0]  # without the address of the bytes
         raise DataError(f"not a readable image ({reason})") from error
 
@@ -508,7 +508,7 @@ def load_image(path, decode=decode_pil):
 
 
 def train(train_loader, model, criterion, optimizer, epoch, device, args, first_step=0):
-    """Train for an epoch, or for the rest of it. `Data` is the part of `Time` spent waiting for the loader, in s."""
+    """Train for an epoch, or for the rest of it. `Data`: seconds of `Time` spent waiting for the loader."""
     batch_time = AverageMeter("Time", ":6.3f")
     data_time = AverageMeter("Data", ":6.3f")
     losses = AverageMeter("Loss", ":.4e")
@@ -594,12 +594,12 @@ def check_writable(args):
         if args.rank == 0:
             tempfile.TemporaryFile(dir=".").close()
     except OSError as error:
-        fail(f"current folder: can't write checkpoints there ({error.strerror}); run in another one")
+        fail(f"can't write checkpoints to the current folder ({error.strerror}); run in another one")
 
 
 def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     """Write the state. The previous file stays until the new one is complete and on disk."""
-    buffer = io.BytesIO()  # if the disk is full, torch.save() to a file would not say so
+    buffer = io.BytesIO()  # torch.save() to a file would not report a full disk
     torch.save(state, buffer)
     # the best first: otherwise it would be missing after a kill between the two
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
@@ -613,11 +613,11 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
         except OSError as error:
             if os.path.exists(partial):
                 os.unlink(partial)
-            fail(f"current folder: can't write {name} there ({error.strerror})")
+            fail(f"can't write {name} to the current folder ({error.strerror})")
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
-    """Load --resume, ours or pytorch/examples', into all three, and return it, or an initial one if there is none."""
+    """Load --resume, also one of pytorch/examples, into all three and return it; an initial one if there is none."""
     checkpoint = {"epoch": 0, "best_acc1": 0.0}
     if args.resume and os.path.isfile(args.resume):
         checkpoint = read_checkpoint(args, getattr(model, "module", model), optimizer, scheduler)
@@ -644,7 +644,7 @@ def read_checkpoint(args, model, optimizer, scheduler):
         if missing:
             fail(f"no {', '.join(sorted(missing))} in it")
     except Exception as error:  # torch.load raises nearly any type on other files
-        reason = first_line(error).partition(". ")[0]  # without PyTorch's advice to run what the file may hold
+        reason = first_line(error).partition(". ")[0]  # without PyTorch's advice to load unsafely
         fail(f"--resume {args.resume}: not a checkpoint of this script ({reason})")
     if checkpoint["arch"] != args.arch:
         fail(f"--resume {args.resume}: it is for {checkpoint['arch']}; add --arch {checkpoint['arch']}")
@@ -724,7 +724,7 @@ def accuracy(output, target, topk=(1,)):
 
 
 # ============================================================================ the shards
-# From here on, main-wds.py only adds to main-orig.py: the loaders and their pipeline, its stages, the way to the
+# From here on, main-wds.py only adds to main-orig.py: the loaders and their pipeline, its stages, the transfer to the
 # device, and how a run is stopped and resumed.
 
 
@@ -759,8 +759,8 @@ def shard_loader(
 
     urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
     transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
-    shuffle: samples in each worker's buffer, undecoded; seed: must be the same on all ranks.
-    reuse_memory: 9 % faster, but later batches overwrite the images: copy each batch before asking for the next one.
+    shuffle: size of each worker's shuffle buffer, in samples; seed: must be the same on all ranks.
+    reuse_memory: 9 % faster, but later batches overwrite the images: copy each batch before requesting the next.
 
     images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch. In training, each
     batch seeds `random` and torch in its process. DataError names a shard or sample that can't be read.
@@ -771,7 +771,7 @@ def shard_loader(
         dataset.pieces,  # 1. (shard, first, last): what this worker reads in this epoch
         functools.partial(read_shards, urls=urls, lengths=lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
         wds.shuffle(shuffle if train else 0, rng=dataset.rng),  # 3. shuffled in a buffer
-        dataset.skip_done,  # 4. without the samples before a resumed step
+        dataset.skip_done,  # 4. skips the samples before the step to resume at
         functools.partial(decode_samples, transform=transform, num_classes=num_classes),  # 5. (image, class)
         batched if reuse_memory else wds.batched(batch_size, collation_fn=default_collate),  # 6. (images, target)
     ]
@@ -820,7 +820,7 @@ class ShardPipeline(wds.DataPipeline):
         return self.plan(epoch, worker, workers)
 
     def skip_done(self, samples):
-        """Stage 4: the samples from the first step on. The first one of a batch has a seed for its augmentation."""
+        """Stage 4: the samples from the first step on. The first sample of a batch has the seed of its augmentation."""
         for i, sample in enumerate(samples):
             if self.train and i % self.batch_size == 0:
                 sample["__seed__"] = f"{self.seed} {i}"
@@ -832,9 +832,9 @@ def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_wor
     """What a worker reads in an epoch: [(shard, first, last)] in reading order, the samples first <= i < last.
 
     The shards, in an order drawn from (seed, epoch), form one sequence of samples. Each rank reads an equal range of
-    it; the last one wraps around. Without a seed, for validation, the shards are in order
-    and no sample is taken twice. Each worker reads a range of whole batches of its rank's. The DataLoader asks the
-    workers in turn, so the last range, with the short batch, goes to the worker whose turn is last.
+    it; the last one wraps around. Without a seed, for validation, the shards are in order and no sample is taken twice.
+    Each worker reads a range of whole batches of its rank's range. The DataLoader asks the workers in turn, so the last
+    range, with the short batch, goes to the worker whose turn is last.
     """
     total = sum(lengths)
     order = list(range(len(lengths)))
@@ -867,14 +867,14 @@ def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_wor
 # ---------------------------------------------------------------------------- finding and reading the shards
 
 INDEX = "_info.json"
-INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
-IMAGES = {ending.lstrip(".") for ending in datasets.folder.IMG_EXTENSIONS}  # in a sample; its class is in "cls"
+INDEX_NAMES = {"train": "train", "val": "validation"}  # the splits' names in the index
+IMAGES = {ending.lstrip(".") for ending in datasets.folder.IMG_EXTENSIONS}  # file extensions; the class is in "cls"
 TIMEOUT = 60  # seconds that an http server may be silent
 PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote shard is read again; their sum is five minutes
 
 
 def find_shards(args, split):
-    """(urls, lengths, names) of the shards of a split, "train" or "val", after checks of what the index says."""
+    """(urls, lengths, names) of the shards of a split, "train" or "val", after checking the index."""
     patterns = {"train": args.trainshards, "val": args.valshards}
     urls, lengths, names, classes = list_shards(args.shards, split, patterns[split])
     for url in urls:
@@ -892,12 +892,13 @@ def find_shards(args, split):
             differing = ", ".join(sorted(set(classes) ^ set(others))[:5]) or "their order"
             fail(f"training and validation shards have different classes: {differing}; write both in one run")
     number = f", {len(classes)} classes" if classes else ""
-    say(args, f"=> {split}: {sum(lengths)} images in {len(urls)} shards{number}")
+    shards = "1 shard" if len(urls) == 1 else f"{len(urls)} shards"
+    say(args, f"=> {split}: {sum(lengths)} images in {shards}{number}")
     return urls, lengths, names
 
 
 def list_shards(folder, split, pattern=None):
-    """(urls, lengths, names, classes) of a split's shards, by the index in a folder or at a URL.
+    """(urls, lengths, names, classes) of a split's shards, from the index in a folder or at a URL.
 
     The shards are beside the index, or where a pattern says; an index beside them then takes precedence.
     """
@@ -906,7 +907,7 @@ def list_shards(folder, split, pattern=None):
     if not pattern:
         entry = read_index(folder).get(INDEX_NAMES[split])
         if not entry:
-            fail(f"--shards {folder}: no {INDEX} there that names {split} shards; write them with makeshards.py")
+            fail(f"--shards {folder}: no {INDEX} there that lists {split} shards; write them with makeshards.py")
         names = entry["filenames"]
         return [f"{folder}/{name}" for name in names], entry["shard_lengths"], names, entry["classes"]
     urls = expand(pattern)
@@ -915,7 +916,7 @@ def list_shards(folder, split, pattern=None):
         index = read_index(os.path.dirname(urls[0]) or ".")
     index = index or read_index(folder)
     if not index:
-        fail(f"{pattern}: no {INDEX} beside the shards or in --shards {folder}; write it with makeshards.py --index")
+        fail(f"{pattern}: no {INDEX} beside the shards or in --shards {folder}; write one with makeshards.py --index")
     own = index.pop(INDEX_NAMES[split], None)
     entries = list(index.values())
     if own:
@@ -928,7 +929,7 @@ def list_shards(folder, split, pattern=None):
     for url in urls:
         found = file_names(url) & lengths.keys()
         if len(found) != 1:
-            fail(f"{url}: matches {len(found)} shards of the index, not one; makeshards.py --index writes another")
+            fail(f"{url}: matches {len(found)} shards in the index, must be 1; makeshards.py --index writes another")
         names += found
     return urls, [lengths[name] for name in names], names, classes
 
@@ -944,9 +945,9 @@ def read_index(folder):
             entry["classes"] = entry.get("classes") or index.get("classes") or []
             for name in names:
                 if name.startswith("/") or ":" in name or ".." in name.split("/"):  # it could run a command
-                    raise ValueError(f"{name} is not in its folder")
+                    raise ValueError(f"{name} is outside the index's folder")
             if not len(set(names)) == len(names) == len(lengths) or sum(lengths) != entry["num_samples"]:
-                raise ValueError("filenames, shard_lengths and num_samples do not agree")
+                raise ValueError("filenames, shard_lengths and num_samples are inconsistent")
             if min(lengths, default=0) < 0:
                 raise ValueError("a negative length")
         return index["splits"]
@@ -996,7 +997,7 @@ def read_shards(pieces, urls, lengths):
 
 
 def read_shard(url, length, first, last):
-    """The samples first <= i < last of a shard of `length` samples; DataError if it is damaged or of another length.
+    """The samples first <= i < last of a shard of `length` samples; DataError if it is damaged or has another length.
 
     A remote shard is reopened, skipping the samples already read. The pauses grow, and are reset after each new sample.
     """
@@ -1015,7 +1016,7 @@ def read_shard(url, length, first, last):
                     return
             if count == length:
                 return
-            problem = f"{count} samples, but {length} by its index"
+            problem = f"{count} samples, but {length} in its index"
             temporary = count < length  # a connection that breaks may look like the end of the tar
         except Exception as error:  # a damaged tar may raise nearly anything
             problem = f"broken after {count} of its {length} samples ({reason(error)})"
@@ -1029,9 +1030,9 @@ def read_shard(url, length, first, last):
 
 
 def read_tar(url):
-    """The samples of a shard, undecoded: {"__url__", "__key__", "jpg" or another ending: bytes, "cls": bytes}."""
+    """The samples of a shard, undecoded: {"__url__", "__key__", "jpg" or another extension: bytes, "cls": bytes}."""
     with wds.gopen(url) as stream:
-        set_options(stream, ignore_errors=True)  # a command's status; it is ended early if only a part is read
+        set_options(stream, ignore_errors=True)  # of a command's exit status: it is killed if only a part is read
         for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
             if len(IMAGES & sample.keys()) != 1 or "cls" not in sample:
                 raise ValueError(f"sample {sample['__key__']} does not hold one image and one class")
@@ -1039,7 +1040,7 @@ def read_tar(url):
 
 
 def reason(error):
-    """What an error says, without what webdataset adds, such as " @ <_io.BufferedReader name='a.tar'>"."""
+    """The message of an error without webdataset's additions, such as " @ <_io.BufferedReader name='a.tar'>"."""
     text = error.args[0] if error.args else None
     if isinstance(error, HTTPError) or not isinstance(text, str):
         return first_line(error) if isinstance(error, OSError) else type(error).__name__
@@ -1047,13 +1048,13 @@ def reason(error):
 
 
 def open_http(url, mode="rb", bufsize=None):
-    """For wds.gopen(), instead of its curl: a silent server is an error, and the status of a failure is known."""
+    """Replaces curl in wds.gopen(): a silent server is an error, and the status of a failure is known."""
     if "@" in url.split("/")[2]:
         raise ValueError("a user name or password in a URL; use pipe:curl with --netrc instead")
     try:
         return urllib.request.urlopen(url, timeout=TIMEOUT)
     except HTTPError as error:
-        error.close()  # its connection: webdataset keeps the error until garbage is collected
+        error.close()  # its connection: webdataset keeps the error alive until garbage collection
         raise
 
 
@@ -1074,7 +1075,7 @@ def decode_samples(samples, transform, num_classes):
         try:
             label = sample["cls"].strip()
             if not label.isdigit() or len(label) > 9 or int(label) >= num_classes:
-                fail(f"its class {label[:20].decode(errors='replace')!r} is not one from 0 to {num_classes - 1}")
+                fail(f"its class {label[:20].decode(errors='replace')!r} is not a number from 0 to {num_classes - 1}")
             (ending,) = IMAGES & sample.keys()
             yield transform(sample[ending]), int(label)
         except DataError as error:
@@ -1106,14 +1107,14 @@ DECODERS = {"tensor": decode_tensor, "pil": decode_pil}
 
 @functools.cache
 def jpeg_decoder():
-    """(name, function) of the fastest decoder there is, from uint8 (N), a JPEG's bytes, to uint8 (3, H, W)."""
+    """(name, function) of the fastest decoder available: from a JPEG's bytes, uint8 (N), to uint8 (3, H, W)."""
     try:
         from torchcodec.decoders import decode_jpeg  # 0.16 or newer
 
         return "TorchCodec", decode_jpeg
-    except (ImportError, OSError, RuntimeError):  # there is none, or it was built for another PyTorch
+    except (ImportError, OSError, RuntimeError):  # not installed, or built for another PyTorch
         pass
-    if hasattr(torch.ops.image, "decode_jpeg"):  # torchvision.io's function around it warns that it will be removed
+    if hasattr(torch.ops.image, "decode_jpeg"):  # its wrapper in torchvision.io prints a deprecation warning
         return "torchvision", lambda data: torch.ops.image.decode_jpeg(data, ImageReadMode.RGB.value, False)
     return "Pillow", None
 
@@ -1122,7 +1123,7 @@ def random_crop(image, size):
     """uint8 (3, size, size) from (3, H, W): a random part of the image, flipped horizontally with probability 0.5.
 
     The distribution is that of v2.RandomResizedCrop and v2.RandomHorizontalFlip. This takes half of their 0.5 ms: it
-    draws plain numbers, not tensors, and stores the crop in the memory layout that is fastest to resize.
+    draws Python numbers, not tensors, and stores the crop in the memory layout that is fastest to resize.
     """
     top, left, height, width = crop_box(*image.shape[1:])
     crop = image[None, :, top : top + height, left : left + width].clone(memory_format=torch.channels_last)
@@ -1131,7 +1132,7 @@ def random_crop(image, size):
 
 
 def crop_box(height, width):
-    """(top, left, height, width) of 8 to 100 percent of an image, 3:4 to 4:3, as v2.RandomResizedCrop draws it."""
+    """(top, left, height, width) of 8 to 100 % of an image, aspect 3:4 to 4:3, as v2.RandomResizedCrop draws it."""
     for _ in range(10):
         area = height * width * random.uniform(0.08, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -1150,9 +1151,9 @@ def channels_last(image):
 
 
 def batched_in_place(samples, batch_size):
-    """Stage 6, instead of wds.batched(): every third batch of images shares its memory.
+    """Stage 6, instead of wds.batched(): each batch of images reuses the memory of the third before it.
 
-    Of each worker's batches the caller holds at most one, and the DataLoader has PREFETCH more in flight. (Also at the
+    The caller holds at most one batch of each worker, and the DataLoader has PREFETCH more in flight. (Also at the
     end of an epoch: no worker has two batches more than another.)
     """
     blocks = [None] * (PREFETCH + 1)
@@ -1168,7 +1169,7 @@ def batched_in_place(samples, batch_size):
         yield blocks[turn][: len(target)], torch.tensor(target)
 
 
-# ---------------------------------------------------------------------------- to the device, stopping, resuming
+# ---------------------------------------------------------------------------- device transfer, stopping, resuming
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -1182,7 +1183,7 @@ class Run:
         self.epoch = 0
         self.position = None  # what --resume needs to continue within the epoch; None for folders
         self.signal = 0
-        self.second_after = math.inf  # before it a signal is a duplicate: a terminal and torchrun both send one
+        self.second_after = math.inf  # until then, a signal is a duplicate: a terminal and torchrun both send one
         self.workers_end = torch.tensor(False).share_memory_()
         Finalize(None, self.workers_end.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
         for number in SIGNALS:
@@ -1196,7 +1197,7 @@ class Run:
             self.second_after = time.monotonic() + 2
 
     def over_ranks(self, number):
-        """The largest of the ranks' numbers."""
+        """The maximum of the number over all ranks."""
         if not self.args.distributed:
             return number
         number = torch.tensor(number, device=self.args.device)
@@ -1211,7 +1212,7 @@ class Run:
         self.save()
         self.workers_end.fill_(True)
         if self.args.rank == 0:
-            what = "nothing was saved since the last whole epoch"
+            what = "nothing was saved since the last complete epoch"
             if self.position:
                 what = f"add --resume checkpoint.pth.tar to continue (epoch {self.epoch}, step {self.position['step']})"
             print_error(f"stopped by {signal.Signals(number).name}; {what}")
@@ -1226,7 +1227,7 @@ class Run:
 
 
 class DeviceLoader:
-    """A loader's batches on the device. A signal stops the run between two; training records its position."""
+    """A loader's batches on the device. A signal stops the run between batches; training records its position."""
 
     def __init__(self, loader, run, checkpoint=None):
         self.loader = loader
@@ -1236,7 +1237,7 @@ class DeviceLoader:
         self.std = 255 * torch.tensor(STD, device=run.args.device).view(1, 3, 1, 1)
         self.first_step = 0
         self.resumed = {}  # {epoch: its first step}
-        self.order = None  # of training shards: what decides the order of the batches besides the epoch
+        self.order = None  # for training shards: what determines the order of the batches, besides the epoch
         loader.worker_init_fn = functools.partial(init_worker, run.workers_end)
         resumed = checkpoint and "position" in checkpoint and self.args.start_epoch is None
         if checkpoint and isinstance(loader.dataset, ShardPipeline):
@@ -1279,8 +1280,8 @@ class DeviceLoader:
                     if self.args.checkpoint_steps and step % self.args.checkpoint_steps == 0:
                         self.run.save()
                 if step < common and (step % self.args.print_freq == 0 or not self.args.distributed):
-                    self.run.stop_if_asked()  # among several ranks not at each step: it takes an all_reduce
-        except BaseException:  # also of the training step
+                    self.run.stop_if_asked()  # with several ranks not at each step: it takes an all_reduce
+        except BaseException:  # including those of the training step
             self.run.workers_end.fill_(True)  # they may be waiting for a server
             raise
 
@@ -1300,14 +1301,14 @@ def check_order(args, then, now, epoch):
         before = then.get(name)
         if before == value:
             continue
-        if name in ("workers", "batch_size") and before is not None:  # of a process; the options are those of a node
+        if name in ("workers", "batch_size") and before is not None:  # per process; the options are per node
             value *= args.ngpus_per_node
             before *= args.ngpus_per_node
         what = "other shards" if name == "shards" else f"--{name.replace('_', '-')} {before}, not {value}"
         if name == "world_size":
             what = f"{before} ranks, not {value}"
         way_out = f"the rest of the epoch would differ: use the same, or restart it with --start-epoch {epoch}"
-        fail(f"--resume {args.resume}: it stopped within an epoch, with {what}; {way_out}")
+        fail(f"--resume {args.resume}: it was saved within an epoch with {what}; {way_out}")
 
 
 def check_image_size(model, args):
@@ -1318,7 +1319,7 @@ def check_image_size(model, args):
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, args.image_size, args.image_size, device=args.device))
     except Exception as error:  # of any type, by the model
-        fail(f"--arch {args.arch}: it does not take --image-size {args.image_size} ({first_line(error)})")
+        fail(f"--arch {args.arch}: it does not support --image-size {args.image_size} ({first_line(error)})")
 
 
 def init_worker(workers_end, _):

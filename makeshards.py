@@ -2,21 +2,21 @@
 """Write ImageNet's folders of images as WebDataset shards: tar files of 1000 samples each, and their index.
 
     ln -s /data/imagenet ./data       where your ImageNet is: torchvision's train/ and val/, or Kaggle's ILSVRC/
-    mkdir ./shards                    takes about as much disk as the images, 150 GB
+    mkdir ./shards                    takes about as much disk as the images, 155 GB
     python makeshards.py              1282 training and 50 validation shards; run it again to resume
     python makeshards.py --check      the same, but decode each image first
     python makeshards.py --verify     read the shards and compare them with their index and with the images
-    python makeshards.py --data ./pets --shards ./pet-shards --maxcount 500      any folder of images per class
+    python makeshards.py --data ./pets --shards ./pet-shards --maxcount 500      any images in a folder per class
     python makeshards.py --resize 384         smaller shards: scale larger images to a shorter side of 384 pixels
     python makeshards.py --index './theirs/train-{000..146}.tar'       write ./theirs/_info.json for existing shards
 
 A sample is two members of a tar: KEY.jpg, the image file's own bytes (KEY.png for a .png, and so on), and KEY.cls, its
-class as a decimal number: the position of its folder among the sorted class folders of train/. KEY is the position of
+class as a decimal number: the position of its folder among the sorted class folders of train/. KEY is the index of
 the image in torchvision.datasets.ImageFolder. Training samples are shuffled over the whole split, so that each shard is
-a random sample. The same images and options give the same bytes, whatever the number of workers; with --resize, the
-same version of Pillow too.
+a random subset. The same images and options give the same bytes for any number of workers; with --resize, only with the
+same version of Pillow.
 
-A shard gets its name once it is complete, and the index is written last. Until then, .train.json has the plan.
+Shards are renamed once complete, and the index is written last. Until then, .train.json has the plan.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from tqdm import tqdm
 from webdataset.gopen import set_options
 from webdataset.shardlists import expand_urls
 
-INDEX = "_info.json"  # in the format of timm's reader and of the hub's ImageNet shards
+INDEX = "_info.json"  # in the format of timm's reader and the Hugging Face Hub's ImageNet shards
 INDEX_NAMES = {"train": "train", "val": "validation"}  # of the splits
 IMAGES = {ending.lstrip(".") for ending in IMG_EXTENSIONS}  # in a sample; its class is in "cls"
 NUM_CLASSES = 1000  # outputs of main-wds.py's models
@@ -69,15 +69,15 @@ def parse_args():
     add("--shards", default="./shards", metavar="DIR", help="existing folder to write to (default: %(default)s)")
     add("--splits", default="train,val", metavar="LIST", help="comma-separated splits (default: %(default)s)")
     add("--maxcount", type=in_range(10**9), default=1000, metavar="N", help="samples per shard (default: %(default)s)")
-    add("--filekey", action="store_true", help="use file names without their ending as keys (default: numbers)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the training samples' order (default: %(default)s)")
+    add("--filekey", action="store_true", help="use file names without extension as keys (default: numbers)")
+    add("--seed", type=int, default=0, metavar="N", help="seed for shuffling training samples (default: %(default)s)")
     add("--workers", type=in_range(4096), default=cores, metavar="N", help="processes (default: cores, %(default)s)")
     add("--check", action="store_true", help="decode each image, and list all that can't be decoded")
     add("--resize", type=in_range(65535), metavar="N", help="scale larger images to a shorter side of N pixels")
     add("--quality", type=in_range(100), metavar="Q", help=f"JPEG quality of scaled images (default: {QUALITY})")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--verify", action="store_true", help="don't write, but read the shards; exit 1 on any problem")
-    group.add_argument("--index", metavar="URLS", help="write only the index of these existing shards: pattern or glob")
+    group.add_argument("--verify", action="store_true", help="check the shards, don't write; exit 1 on any problem")
+    group.add_argument("--index", metavar="URLS", help="write only the index of existing shards: braces or glob")
     args = parser.parse_args()
     args.splits = args.splits.split(",")
     if not set(args.splits) <= INDEX_NAMES.keys():
@@ -89,12 +89,12 @@ def parse_args():
 
 
 def in_range(most):
-    """An argparse type: whole numbers from 1 to most."""
+    """An argparse type: integers from 1 to most."""
 
     def number(text):
         value = int(text)
         if not 1 <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from 1 to {most}")
+            raise argparse.ArgumentTypeError(f"{text} is not between 1 and {most}")
         return value
 
     return number
@@ -125,7 +125,7 @@ def count(number, thing):
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):  # file names need not be valid in its encoding
+    for stream in (sys.stdout, sys.stderr):  # it may not be able to encode all file names
         if stream:  # it may be closed
             stream.reconfigure(errors="backslashreplace")
     status = 2
@@ -143,7 +143,7 @@ def main():
     except (DataError, OSError) as error:
         message = error
     except BrokenProcessPool:
-        message = "a worker was killed, perhaps because memory ran out; run it again"
+        message = "a worker was killed, perhaps because memory ran out; rerun this command"
     except KeyboardInterrupt:
         message = "interrupted; run it again"
         status = 130
@@ -165,7 +165,7 @@ def start_workers(number):
 
 
 def init_worker():
-    """In a worker: end at Ctrl-C without a traceback, and end when the main process does, even if it is killed."""
+    """In a worker: exit on Ctrl-C without a traceback, and when the main process ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
@@ -176,8 +176,8 @@ def end_with(parent):
 
 
 def in_parallel(pool, function, jobs, what, total=None):
-    """The results of function(*job), each (samples, ...), in order; with a progress bar, in a log each minute."""
-    tqdm.monitor_interval = 0  # without a thread of its own: forking beside threads may deadlock
+    """The results of function(*job), each (samples, ...), in order; with a progress bar (in logs, each minute)."""
+    tqdm.monitor_interval = 0  # no monitor thread: forking a process with threads may deadlock
     pause = 0 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc=what, unit=" images", mininterval=pause or 0.1, delay=pause) as bar:
         for result in pool.map(function, *zip(*jobs, strict=True)):
@@ -194,13 +194,13 @@ def split_folder(args, split):
 
 
 def training_classes(args, index):
-    """The sorted names of the class folders in --data's train/, else of the index: they number both splits."""
+    """The sorted names of the class folders in --data's train/, else from the index: they number both splits."""
     folder = split_folder(args, "train")
     known = index.get("classes")
     if os.path.isdir(folder) or not known:
         classes = class_folders(args, "train")
         if known and known != classes:
-            fail(f"--shards {args.shards}: its shards have other classes than {folder}; use another --shards")
+            fail(f"--shards {args.shards}: its shards and {folder} have different classes; use another --shards")
         return classes
     return known
 
@@ -211,7 +211,7 @@ def class_folders(args, split):
     if os.path.exists(archive) and not os.path.exists(folder):
         code = f"from torchvision.datasets import ImageNet; ImageNet({args.data!r}, '{split}')"
         command = f'python -c "{code}"' + (", and the same with 'val'" if split == "train" else "")
-        fail(f"--data {args.data}: ImageNet's archives are there; unpack them with torchvision and scipy: {command}")
+        fail(f"--data {args.data}: holds ImageNet's archives; unpack them with torchvision and scipy: {command}")
     try:
         names, _ = find_classes(folder)
         dangling = [entry.name for entry in list(os.scandir(folder)) if not os.path.exists(entry.path)]
@@ -260,15 +260,15 @@ def check_classes(folder, names, classes):
         number = count(len(others), "class folder")
         fail(f"{folder}: {number} that train/ does not have, e.g. {', '.join(others[:5])}")
     if len(names) < len(classes):
-        print(f"{folder}: {len(names)} of the {len(classes)} training classes", flush=True)
+        print(f"{folder}: has {len(names)} of the {len(classes)} training classes", flush=True)
 
 
 def find_flat_images(args, folder, classes):
-    """[(path, class)] of Kaggle's val/, whose images are in one folder, with their classes in a table."""
+    """[(path, class)] of Kaggle's val/, whose images are in one folder, with their classes in a CSV file."""
     tables = [os.path.join(parent, "LOC_val_solution.csv") for parent in (args.data, f"{folder}/../../../..")]
     table = next(filter(os.path.exists, tables), None)
     if table is None:
-        fail(f"{folder}: images outside of class folders; move them into a folder for each class, as train/ has them, "
+        fail(f"{folder}: images outside class folders; move them into a folder for each class, as in train/, "
              f"or put Kaggle's LOC_val_solution.csv into {args.data}")  # fmt: skip
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
@@ -286,7 +286,7 @@ def find_flat_images(args, folder, classes):
 
 
 def read_image(path, resize, quality, check):
-    """(ending, bytes) of an image file; of a JPEG if it is scaled. DataError if it is not an image."""
+    """(extension, bytes) of an image file; of a JPEG if it is scaled. DataError if it is not an image."""
     ending = path.rpartition(".")[2].lower().replace("jpeg", "jpg")
     try:
         data = read_file(path)
@@ -379,7 +379,7 @@ def hash_names(samples, classes, folder):
 
 
 def difference(earlier, plan):
-    """How the plan of shards that an earlier run wrote differs from this run's; None if it does not."""
+    """How an earlier run's plan differs from this run's; None if it does not."""
     for name, value in plan.items():
         other = (earlier or {}).get(name)
         if other == value:
@@ -404,7 +404,7 @@ def write(args, pool):
     if len(classes) > NUM_CLASSES:
         print(f"{len(classes)} classes, but main-wds.py's models have {NUM_CLASSES} outputs", flush=True)
     if index["splits"] and index.get("classes") != classes:
-        fail(f"--shards {args.shards}: its index names no classes; use another --shards")
+        fail(f"--shards {args.shards}: its index lists no classes; use another --shards")
     index["classes"] = classes
     plans = {split: plan_split(args, split, find_images(args, split, classes), classes) for split in args.splits}
     for split, (entry, _) in plans.items():
@@ -441,7 +441,7 @@ def list_shards(folder, split):
 
 @functools.cache
 def lock(folder):
-    """Refuse the folder if another run is writing to it. The lock is released when this process ends."""
+    """DataError if another run is writing to the folder. The lock is released when this process ends."""
     try:
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -459,7 +459,7 @@ def known_digests(args, index, split, plan):
         name = plan_name(split)
         earlier = read_index(args.shards, name)["splits"].get(INDEX_NAMES[split])
         if not earlier:
-            fail(f"--shards {args.shards}: {stray[0]} is there without an index; delete it or use another --shards")
+            fail(f"--shards {args.shards}: {stray[0]} exists without an index; delete it or use another --shards")
     if not earlier:
         return {}
     differing = difference(earlier.get("plan", {}), plan)
@@ -490,7 +490,7 @@ def read_digests(path):
 
 
 def write_split(args, pool, index, split, entry, shards):
-    """Write the missing shards of a split, then name them all in the index. Returns the outcome in words."""
+    """Write the missing shards of a split, then list them all in the index. Returns the outcome in words."""
     if entry["name"] not in index["splits"]:
         write_json(os.path.join(args.shards, plan_name(split)), {"splits": {entry["name"]: entry}})
     paths = [os.path.join(args.shards, name) for name in entry["filenames"]]
@@ -509,16 +509,16 @@ def write_split(args, pool, index, split, entry, shards):
         write_json(os.path.join(args.shards, INDEX), index)
     remove_plan(args.shards, split)
     kept = len(paths) - written
-    outcome = f"written, {kept} of the shards earlier" if kept else "written"
+    outcome = f"written, {kept} of the shards by an earlier run" if kept else "written"
     if not written:
         outcome = "already there"
-    return f"{outcome}, those not checked: use --verify --check" if args.check and kept else outcome
+    return f"{outcome}; these were not checked: use --verify --check" if args.check and kept else outcome
 
 
 def write_shard(path, known, samples, plan, check, digests_path):
     """In a worker: (samples, SHA-256, whether it was written now, messages on bad images) of a shard.
 
-    A shard that is there stays if its SHA-256 is the known one.
+    An existing shard is kept if its SHA-256 is the known one.
     """
     if known and os.path.exists(path) and hash_file(path) == known:
         return len(samples), known, False, []
@@ -563,7 +563,7 @@ def write_json(path, value):
             file.flush()
             os.fsync(file.fileno())
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some file systems can't
+        with contextlib.suppress(OSError):  # not supported by some file systems
             os.fsync(folder)
         os.close(folder)
         os.replace(f"{path}.tmp", path)
@@ -585,15 +585,15 @@ def verify(args, pool):
         if INDEX_NAMES[split] in index["splits"]:
             verify_split(args, pool, index, split, damaged, differing)
         elif os.path.exists(os.path.join(args.shards, plan_name(split))):
-            fail(f"--shards {args.shards}: its {split} shards are unfinished; run makeshards.py again")
+            fail(f"--shards {args.shards}: its {split} shards are incomplete; run makeshards.py again")
         else:
-            fail(f"--shards {args.shards}: no {INDEX} there that names {split} shards; write them, or use --splits")
+            fail(f"--shards {args.shards}: no {INDEX} there that lists {split} shards; write them, or use --splits")
     for message in damaged + differing:
         print(message)
     written_here = any("plan" in entry for entry in index["splits"].values())
     if damaged:
-        way_out = ": run the command that wrote the shards again to replace them" if written_here else ""
-        print(f"{count(len(damaged), 'problem')} of the shards{way_out}")
+        way_out = ": rerun the command that wrote them to replace them" if written_here else ""
+        print(f"{count(len(damaged), 'problem')} with the shards{way_out}")
     if differing:
         print(f"{count(len(differing), 'problem')} with the images: fix them, then write them to another --shards")
     if not damaged and not differing:
@@ -624,11 +624,11 @@ def verify_split(args, pool, index, split, damaged, differing):
             if key in first:
                 bad.append(f"{path}: sample {key} is also in {first[key]}")
             first[key] = path
-        if known not in (None, sha256):  # then the shard is to blame
+        if known not in (None, sha256):  # then the shard is damaged
             bad += images
             images = []
             if not bad:
-                bad.append(f"{path}: not the bytes that were written, by their SHA-256")
+                bad.append(f"{path}: changed since it was written (SHA-256 differs)")
         damaged += bad
         differing += images
     decoded = "" if args.check else "; images not decoded (see --check)"
@@ -637,7 +637,7 @@ def verify_split(args, pool, index, split, damaged, differing):
 
 
 def plan_again(args, split, index):
-    """The samples of each shard, as the images in --data give them now; DataError if those are not the shards'."""
+    """The samples of each shard, planned again from --data; DataError if its images are not the shards'."""
     entry = index["splits"][INDEX_NAMES[split]]
     folder = split_folder(args, split)
     classes = class_folders(args, "train") if os.path.isdir(split_folder(args, "train")) else index.get("classes")
@@ -654,7 +654,7 @@ def plan_again(args, split, index):
 def check_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_bytes=False, decode=False):
     """In a worker: (samples, SHA-256, keys, messages on the shard, messages on its images) of a shard.
 
-    It is read into memory, about 115 MB of ImageNet. Its samples must be those of `planned`, if there are any.
+    It is read into memory, about 115 MB for ImageNet. Its samples must be those of `planned`, if there are any.
     """
     keys = []
     problems = []
@@ -675,11 +675,11 @@ def check_shard(url, length=None, planned=(), num_classes=sys.maxsize, same_byte
             path, wanted = files.get(keys[-1], (None, None if planned else label))
             what = compare(sample["image"], path if same_bytes else None, decode)
             if label != wanted:
-                what = f"of class {label} is not one of the images"
+                what = f"of class {label} matches no image in --data"
             if what:
                 images.append(f"{name} {what}")
         if length not in (None, len(keys)):
-            problems.append(f"{url}: {count(len(keys), 'sample')}, but {length} by the index")
+            problems.append(f"{url}: {count(len(keys), 'sample')}, but {length} in the index")
     except FileNotFoundError:
         problems.append(f"{url}: no such shard")
     except Exception as error:  # a damaged tar may raise nearly anything
@@ -697,7 +697,7 @@ def compare(image, path, decode):
             return f"can't be decoded ({first_line(error).partition(' <_io.')[0]})"
     try:
         if path and image != read_file(path):
-            return f"does not hold the bytes of {path}"
+            return f"differs from {path}"
     except OSError as error:
         return f"can't be compared: {path}: {error.strerror or error}"
     return None
@@ -706,7 +706,7 @@ def compare(image, path, decode):
 def tar_samples(data):
     """Each sample of a tar, given its bytes, as {"__key__", "image": bytes, "cls": bytes}.
 
-    A sample is the consecutive members whose names are the same up to the first dot. An image or class that is there
+    A sample is the consecutive members whose names are the same up to the first dot. An image or class that occurs
     twice is None. Stricter than webdataset's reader, which stops silently at damage and skips links.
     """
     sample = {}
@@ -730,9 +730,9 @@ def tar_samples(data):
         tar.fileobj.seek(tar.offset)  # where no further header was found
         rest = tar.fileobj.read()
         if len(rest) < 2 * tarfile.BLOCKSIZE:
-            raise ValueError("cut off")
+            raise ValueError("truncated")
         if rest.strip(b"\0"):
-            raise ValueError("damaged, or more than one tar")
+            raise ValueError("damaged, or several tars in one file")
         if sample:
             yield sample
 
@@ -783,16 +783,16 @@ def read_index(folder, name=INDEX):
 
 
 def write_index(args, pool):
-    """Count the samples of shards and name them in an index: beside the shards if they are local, else in --shards."""
+    """Count the samples of shards and list them in an index: beside the shards if they are local, else in --shards."""
     urls = expand(args.index)
     if len(set(urls)) < len(urls):
-        fail(f"--index {args.index}: names a shard twice")
+        fail(f"--index {args.index}: lists a shard twice")
     for url in urls:
         if re.search(r"[:|;?<>'\"]", os.path.basename(url)):
             fail(f"--index {url}: must end in the shard's file name")
     folder, *others = sorted({os.path.dirname(url) or "." for url in urls})
     if others:
-        fail(f"--index {args.index}: in {folder} and {others[0]}; an index is of the shards in one folder")
+        fail(f"--index {args.index}: in {folder} and {others[0]}; an index covers one folder")
     folder = folder if is_local(urls[0]) else args.shards
     if not os.path.isdir(folder):
         fail(f"--index {args.index}: no folder {folder} for the index; create it: mkdir {shlex.quote(folder)}")
@@ -807,13 +807,13 @@ def write_index(args, pool):
         if not chosen:
             continue
         if INDEX_NAMES[split] in index["splits"]:
-            fail(f"{path}: names {split} shards already; delete this file first")
+            fail(f"{path}: already lists {split} shards; delete this file first")
         lengths = []
         digests = []
         results = in_parallel(pool, check_shard, zip(chosen), split)
         for url, (length, sha256, keys, bad, _) in zip(chosen, results, strict=True):
             if bad or len(set(keys)) < len(keys) or not keys:
-                fail(bad[0] if bad else f"{url}: no samples, or two of the same key")
+                fail(bad[0] if bad else f"{url}: no samples, or two with the same key")
             lengths.append(length)
             digests.append(sha256)
         entry = index_entry(split, list(map(os.path.basename, chosen)), lengths, digests)
