@@ -623,7 +623,7 @@ def read_checkpoint(args, model, optimizer, scheduler):
     for option, name in (("--lr", "initial_lr"), ("--momentum", "momentum"), ("--wd", "weight_decay")):
         if group.get(name) != given[name]:
             kept.append(f"{option} {group.get(name)}, not {given[name]}")
-    if kept:
+    if kept and not args.evaluate:
         say(args, f"=> the checkpoint's options are kept: {', '.join(kept)}")
     return checkpoint
 

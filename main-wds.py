@@ -83,7 +83,7 @@ def parse_args():
     add("--data", metavar="DIR", default="./data", help="orig: path to the dataset (default: %(default)s)")
     add("--shards", metavar="DIR", default="./shards", help=f"wds: folder or URL with {INDEX} (default: %(default)s)")
     add("--trainshards", metavar="URLS", help="wds: pattern of the training shards (default: beside the index)")
-    add("--valshards", metavar="URLS", help="wds: where the validation shards are (default: beside the index)")
+    add("--valshards", metavar="URLS", help="wds: pattern of the validation shards (default: beside the index)")
     add("--shuffle", type=number, default=1000, metavar="N", help="wds: shuffle buffer size (default: %(default)s)")
     add("--decode", choices=DECODERS, default="tensor", help="JPEG decoder: fast or Pillow (default: %(default)s)")
     add("--augmentation", choices=["full", "simple"], default="full", help="simple: center crop (default: %(default)s)")
@@ -664,7 +664,7 @@ def read_checkpoint(args, model, optimizer, scheduler):
     for option, name in (("--lr", "initial_lr"), ("--momentum", "momentum"), ("--wd", "weight_decay")):
         if group.get(name) != given[name]:
             kept.append(f"{option} {group.get(name)}, not {given[name]}")
-    if kept:
+    if kept and not args.evaluate:
         say(args, f"=> the checkpoint's options are kept: {', '.join(kept)}")
     return checkpoint
 
@@ -907,7 +907,7 @@ def list_shards(folder, split, pattern=None):
     if not pattern:
         entry = read_index(folder).get(INDEX_NAMES[split])
         if not entry:
-            fail(f"--shards {folder}: no {INDEX} there that lists {split} shards; write them with makeshards.py")
+            fail(f"--shards {folder}: no {INDEX} there that lists {split} shards; check --shards, or run makeshards.py")
         names = entry["filenames"]
         return [f"{folder}/{name}" for name in names], entry["shard_lengths"], names, entry["classes"]
     urls = expand(pattern)

@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""Measure the gain from shards: loading only, then training, alternating between shards and folders.
+"""Measure the gain from shards: loading only, then training, from shards and from folders in turn.
 
     ./run bench                                  on ./data and ./shards, or on a sample made for it
-    ./run bench --quick                          loading only, on few images: two minutes
-    ./run bench --only loading -j 16             the loaders without a network, with 16 workers
+    ./run bench --quick                          loading only, with few images: two minutes
+    ./run bench --only loading -j 16             the loaders without a model, with 16 workers
     ./run bench --only loading --cold            from the disk: for data that does not fit in memory
-    ./run bench --only training --steps 500 -a resnet50 -b 256 -j 16      on ImageNet: an epoch's first 500 steps
+    ./run bench --only training --steps 500 -a resnet50 -b 256 -j 16      on ImageNet: the first 500 steps of an epoch
     ./run bench --decode pil                     the same decoder for all: the effect of the shards only
 
-Loading: each way of reading by itself, `dummy` (a loader that neither reads nor decodes) and the ceiling (decoding and
-augmenting the same bytes from memory in one process per worker, without a loader). Training: main-wds.py, from shards
-with its own decoder and from folders with the original's, unless --decode is given; one process and one epoch each.
+Loading measures each way of reading by itself, `dummy` (a loader that neither reads nor decodes) and the ceiling
+(decoding and augmenting the same bytes from memory in one process per worker, without a loader). Training runs
+main-wds.py for one epoch in one process: from shards with its own decoder, and from folders with the original's, unless
+--decode is given.
 
-All rows take turns in each round; the first round is a warm-up. Ratios are taken within a round and printed as median
-(minimum-maximum). Images/s include the start of the workers; in training they start with the wait for the first batch.
-bench.json gets a record of each run, bench.png a chart.
+Each round measures all rows in turn; the first round is a warm-up. Ratios are taken within a round and printed as
+median (minimum-maximum). Images/s include starting the workers; in training, they start with the wait for the first
+batch. Each run is recorded in bench.json; bench.png is a chart.
 
---cold evicts the files that a run will read from memory; other caches, such as directory listings, stay. Of a dataset
-larger than --images, a run reads files drawn at random, or whole shards; more --images are more representative there.
+--cold evicts the files that a run will read from memory; other caches, such as directory listings, stay. If a dataset
+is larger than --images, a run reads randomly chosen files or whole shards; more --images are more representative then.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import platform
 import random
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,14 +50,15 @@ from sample import BATCH_SIZE, MARK, TRAINING
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INDEX = "_info.json"
 DECODERS = {"orig": "pil", "wds": "tensor"}  # in training
-V2 = "ceiling v2"  # of decoding to tensors, with torchvision's own transforms
-QUICK = 40  # training images a class in its sample
+V2 = "ceiling v2"  # the row that decodes to tensors and uses torchvision's own transforms
+QUICK = 40  # training images per class in the sample of --quick
+STOPPED = 128 + signal.SIGINT  # exit status after Ctrl-C
 METER = r"\t{} +(\S+) \( *(\S+)\)"  # value (average)
 STEP = re.compile(r"Epoch: \[\d+\]\[ *\d+/(\d+)\]" + "".join(map(METER.format, ("Time", "Data", "Loss", "Acc@1"))))
 
 COLUMNS = [("first_batch", "11.2f", " s"), ("waiting", "8.1%", ""), ("train_loss", "12.3f", ""), ("acc1", "7.1f", "")]
-Row = namedtuple("Row", "name dataset decode options")  # what is measured; options are main-wds.py's
-Result = namedtuple("Result", "part rows runs workers")  # of a part; runs are the records
+Row = namedtuple("Row", "name dataset decode options")  # what is measured; the options are main-wds.py's
+Result = namedtuple("Result", "part rows runs workers")  # of "loading" or "training"; runs are the records
 
 
 def say(line=""):
@@ -69,7 +72,7 @@ def fail(message):
 
 @functools.cache
 def script():
-    """main-wds.py as a module, for its loaders. Imports PyTorch, so that it comes when it is needed."""
+    """main-wds.py as a module, for its loaders. It imports PyTorch, so it is imported only when needed."""
     if "main_wds" not in sys.modules:
         spec = importlib.util.spec_from_file_location("main_wds", os.path.join(ROOT, "main-wds.py"))
         sys.modules["main_wds"] = importlib.util.module_from_spec(spec)
@@ -77,13 +80,13 @@ def script():
     return sys.modules["main_wds"]
 
 
-# ---------------------------------------------------------------------------- what there is to measure
+# ---------------------------------------------------------------------------- the data to measure
 
 
 def prepare(wanted):
-    """Make what is missing of ./data and ./shards, and return the folders of the wanted datasets that there are."""
+    """Make ./data or ./shards if missing, and return {dataset: folder} of the wanted datasets that exist."""
     if not os.path.lexists("data") and not os.path.exists(f"shards/{INDEX}"):
-        say("no ./data here: making a small sample in ImageNet's format (./run clean takes it away)")
+        say("no ./data here: making a small sample in ImageNet's format (./run clean deletes it)")
         call("tests/sample.py")
     if "wds" in wanted and os.path.exists("data") and not os.path.exists(f"shards/{INDEX}"):
         say("no shards in ./shards: making them from ./data")
@@ -91,22 +94,26 @@ def prepare(wanted):
         if made:
             os.mkdir("shards")
         try:
-            call("makeshards.py", check=False)  # it says itself what is wrong
+            call("makeshards.py", check=False)  # it prints its errors itself
         finally:
             if made and not os.listdir("shards"):
                 os.rmdir("shards")
-    there = {"orig": os.path.isdir("data/train"), "wds": os.path.exists(f"shards/{INDEX}")}
-    for name, folder in (("wds", "shards in ./shards"), ("orig", "folders of images in ./data")):
-        if len(wanted) == 2 and not there[name]:
-            say(f"there are no {folder}: measuring the other dataset alone")
-    folders = {name: folder for name, folder in (("orig", "data"), ("wds", "shards")) if there[name] and name in wanted}
+    found = {}
+    if os.path.isdir("data/train"):
+        found["orig"] = "data"
+    if os.path.exists(f"shards/{INDEX}"):
+        found["wds"] = "shards"
+    for name, what in (("wds", "shards in ./shards"), ("orig", "folders of images in ./data")):
+        if len(wanted) == 2 and name not in found:
+            say(f"there are no {what}: measuring the other dataset alone")
+    folders = {name: folder for name, folder in found.items() if name in wanted}
     if len(folders) == 2:
         check_same(folders)
     return folders or fail("neither ./data nor ./shards holds anything to measure")
 
 
 def prepare_quick(wanted, scratch):
-    """The folders of a sample that is smaller than ./data's and made for this run alone."""
+    """{dataset: folder} of a smaller sample than ./data's, made for this run only."""
     say(f"making a sample of {10 * QUICK} images in a temporary folder")
     folders = {"orig": f"{scratch}/data", "wds": f"{scratch}/shards"}
     call("tests/sample.py", "--data", folders["orig"], "--train", str(QUICK), "--val", "1", quiet=True)
@@ -115,22 +122,39 @@ def prepare_quick(wanted, scratch):
 
 
 def make_shards(data, shards, *options):
-    """Write the training shards to a new folder; its name, or None if makeshards.py could not."""
+    """Write the training shards to a new folder. Returns the folder, or None if makeshards.py failed."""
     os.mkdir(shards)
     args = ["--data", data, "--shards", shards, "--splits", "train", *options]
     return shards if call("makeshards.py", *args, check=False, quiet=True) else None
 
 
 def call(name, *args, check=True, quiet=False):
-    """Run a script of the project; whether it succeeded."""
+    """Run a script of the project, and return whether it succeeded.
+
+    Ctrl-C reaches the script as well. Wait until it has stopped, then exit.
+    """
+    signals = []
+
+    def note_signal(number, _):
+        signals.append(number)
+
     command = [sys.executable, os.path.join(ROOT, name), *args]
-    return subprocess.run(command, check=check, stdout=subprocess.DEVNULL if quiet else None).returncode == 0
+    previous = signal.signal(signal.SIGINT, note_signal)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else None)
+    signal.signal(signal.SIGINT, previous)
+    if signals or done.returncode == STOPPED:
+        if done.returncode <= 0:  # else the script has printed a line
+            print("bench: stopped", file=sys.stderr)
+        sys.exit(STOPPED)
+    if check:
+        done.check_returncode()
+    return done.returncode == 0
 
 
 def check_same(folders):
     classes = sorted(entry.name for entry in os.scandir(f"{folders['orig']}/train") if entry.is_dir())
     if read_index(folders["wds"]).get("classes", classes) != classes:
-        fail("./shards are not the shards of ./data: their classes differ; --dataset wds or orig measures one of them")
+        fail("./shards were not made from ./data: their classes differ; --dataset wds or orig measures one of them")
 
 
 def read_index(folder):
@@ -139,12 +163,12 @@ def read_index(folder):
 
 
 def training_entry(folder):
-    """The index's entry of the training shards."""
+    """The entry of the training shards in the index."""
     return read_index(folder)["splits"].get("train") or fail(f"{folder}: its {INDEX} names no training shards")
 
 
 def count_images(folders):
-    """Training images in the datasets, which must hold the same."""
+    """The number of training images, which must be the same in both datasets."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     samples = {}
@@ -153,16 +177,18 @@ def count_images(folders):
     if "wds" in folders:
         samples["wds"] = training_entry(folders["wds"])["num_samples"]
     if len(set(samples.values())) > 1:
-        fail(f"./shards and ./data hold {samples['wds']} and {samples['orig']} training images; make the shards anew")
+        fail(f"./shards and ./data hold {samples['wds']} and {samples['orig']} training images; write the shards again")
     return next(iter(samples.values()))
 
 
 def paths_in(folder):
-    return (os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            yield os.path.join(parent, name)
 
 
 def drop_from_cache(paths):
-    os.sync()  # what is not yet written can't be dropped
+    os.sync()  # pages that are not yet written can't be dropped
     for path in paths:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -176,26 +202,35 @@ def cores():
 
 
 def loading_rows(folders, decode, resized):
-    where = {"orig": "--data", "wds": "--shards"}
-    decoders, rows = [decode] if decode else ["pil", "tensor"], []
-    for decode, (dataset, folder) in itertools.product(decoders, folders.items()):
-        rows.append(Row(f"{dataset}/{decode}", dataset, decode, [where[dataset], folder]))
-    last = rows[-1].decode
+    """Each dataset with each decoder, the resized shards if any, `dummy` and the ceilings."""
+    option = {"orig": "--data", "wds": "--shards"}
+    decoders = [decode] if decode else ["pil", "tensor"]
+    last = decoders[-1]
+    rows = []
+    for name in decoders:
+        for dataset, folder in folders.items():
+            rows.append(Row(f"{dataset}/{name}", dataset, name, [option[dataset], folder]))
     if resized:
-        resize = training_entry(resized).get("plan", {}).get("resize")
-        what = f"{resize} px" if resize else os.path.basename(os.path.abspath(resized))
+        size = training_entry(resized).get("plan", {}).get("resize")
+        what = f"{size} px" if size else os.path.basename(os.path.abspath(resized))
         rows.append(Row(f"wds/{last}, {what}", "wds", last, ["--shards", resized]))
     rows.append(Row("dummy", "dummy", last, ["--dummy"]))
-    rows += [Row(f"ceiling {name}", "ceiling", name, []) for name in decoders]
-    return rows + [Row(V2, "ceiling", "tensor", []) for name in decoders if name == "tensor"]
+    for name in decoders:
+        rows.append(Row(f"ceiling {name}", "ceiling", name, []))
+    if "tensor" in decoders:
+        rows.append(Row(V2, "ceiling", "tensor", []))
+    return rows
 
 
 def loading_args(row, rest, batch_size):
-    """main-wds.py's options for a row, as its main_worker() has them in one process."""
-    sys.argv[1:] = ["--workers", str(cores()), *rest, "--batch-size", str(batch_size)]
-    sys.argv += ["--decode", row.decode, "--dataset", "wds" if row.dataset == "wds" else "orig", *row.options]
+    """main-wds.py's options for a row, with what its main_worker() adds in a single process."""
+    options = ["--workers", str(cores()), *rest, "--batch-size", str(batch_size), "--decode", row.decode]
+    options += ["--dataset", "wds" if row.dataset == "wds" else "orig", *row.options]
+    sys.argv[1:] = options
     args = script().parse_args()
-    args.rank, args.world_size, args.distributed = 0, 1, False
+    args.rank = 0
+    args.world_size = 1
+    args.distributed = False
     args.device = script().pick_device(0, args)
     return args
 
@@ -205,24 +240,29 @@ def measure_loading(rows, rest, args):
     options = {row.name: loading_args(row, rest, batch_size) for row in rows}
     workers = options[rows[0].name].workers
     images = args.images or (QUICK * 5 if args.quick else 2000) * max(workers, 1)
-    images += -images % (batch_size * max(workers, 1))  # whole rounds: none waits at the end for another's last batch
-    say(f"\nloading: at least {images} images a run, {workers} workers, batches of {batch_size}; images/s:")
-    files, runs = read_files(options[rows[0].name], min(images, 2000)), []
-    for i, row in itertools.product(range(args.repeats + 1), rows):
-        if row.dataset == "ceiling":
-            run = decode_only(options[row.name], files, images, row.name == V2)
-        else:
-            run = load(options[row.name], images, args.cold)
-        runs.append(record("loading", rows, row, i, run | {"batch_size": batch_size, "workers": workers}))
+    images += -images % (batch_size * max(workers, 1))  # the same number of whole batches for each worker
+    say(f"\nloading: at least {images} images per run, {workers} workers, batches of {batch_size}; images/s:")
+    files = read_files(options[rows[0].name], min(images, 2000))
+    runs = []
+    for i in range(args.repeats + 1):
+        for row in rows:
+            if row.dataset == "ceiling":
+                run = decode_only(options[row.name], files, images, row.name == V2)
+            else:
+                run = load(options[row.name], images, args.cold)
+            run |= {"batch_size": batch_size, "workers": workers}
+            runs.append(record("loading", rows, row, i, run))
     return Result("loading", rows, runs, workers)
 
 
 def load(args, images, cold):
-    """One pass over a loader, as it comes: what the workers hand over, before it is normalised or on the device."""
+    """One pass over a loader, up to that many images: batches as the workers return them, not yet on the device."""
     loader, names = make_loader(args, images)
     if cold:
         drop_from_cache(set(names))
-    first, count, start = None, 0, time.perf_counter()
+    first = None
+    count = 0
+    start = time.perf_counter()
     for _, target in loader:
         count += len(target)
         seconds = time.perf_counter() - start
@@ -233,9 +273,9 @@ def load(args, images, cold):
 
 
 def make_loader(args, images):
-    """(main-wds.py's loader of an epoch of at least that many training images, the files that it reads)."""
+    """(a loader of main-wds.py whose epoch has at least that many training images, the files that it reads)."""
     main_wds = script()
-    with contextlib.redirect_stdout(None):  # what it says about the dataset
+    with contextlib.redirect_stdout(None):  # without its lines about the dataset
         if args.dataset == "wds":
             urls, lengths = fit_epoch(*main_wds.find_shards(args, "train")[:2], images)
             options = {"pin_memory": args.device.type == "cuda", "reuse_memory": args.decode == "tensor"}
@@ -254,27 +294,34 @@ def shard_loader(args, urls, lengths, **options):
 
 
 def train_transform(args):
-    """From the bytes of an image file to what the workers hand over."""
+    """From the bytes of an image file to what the workers return."""
     main_wds = script()
     return main_wds.v2.Compose([main_wds.DECODERS[args.decode], main_wds.make_transform(args, "train")])
 
 
 def fit_epoch(items, lengths, images):
-    """(items, lengths) of at least that many images: random ones of a large dataset, a small one repeated."""
+    """(items, lengths) of at least that many images: random items of a large dataset, or a small one repeated."""
     pairs = list(zip(items, lengths, strict=True))
     random.shuffle(pairs)
-    enough = 1 + sum(end < images for end in itertools.accumulate(length for _, length in pairs))
-    return zip(*pairs[:enough] * math.ceil(images / sum(lengths)), strict=True)
+    chosen = []
+    count = 0
+    for item, length in pairs:
+        if count >= images:
+            break
+        chosen.append((item, length))
+        count += length
+    return zip(*chosen * math.ceil(images / sum(lengths)), strict=True)
 
 
 def read_files(args, count):
-    """The bytes of at most that many training images, random ones if there are more."""
-    names = dict.fromkeys(make_loader(args, count)[1])
+    """The bytes of up to that many training images, randomly chosen if there are more."""
+    _, names = make_loader(args, count)
+    names = dict.fromkeys(names)  # without repetitions
     return list(itertools.islice(read_images(args, names), count))
 
 
 def read_images(args, names):
-    """The bytes of each image in files of it, or in shards."""
+    """The bytes of each image in these image files or shards."""
     for name in names:
         if args.dataset == "orig":
             with open(name, "rb") as file:
@@ -286,7 +333,7 @@ def read_images(args, names):
 
 
 def decode_only(args, files, images, v2):
-    """The ceiling: what the workers could do if they had but to decode and augment."""
+    """The ceiling: one process per worker, each decoding and augmenting images in memory."""
     workers = max(args.workers, 1)
     state = args, files, v2, Barrier(workers)
     with ProcessPoolExecutor(workers, initializer=begin_share, initargs=state) as pool:
@@ -296,11 +343,11 @@ def decode_only(args, files, images, v2):
 
 def begin_share(*state):
     decode_share.state = state
-    script().torch.set_num_threads(1)  # as the loader's workers have it
+    script().torch.set_num_threads(1)  # as in the loader's workers
 
 
 def decode_share(share):
-    """In a process of the pool: seconds for its share, from when all are ready."""
+    """In a process of the pool: the seconds that its share takes, once all processes are ready."""
     args, files, v2, barrier = decode_share.state
     transform = v2_transform(args.image_size) if v2 else train_transform(args)
     barrier.wait()
@@ -311,24 +358,26 @@ def decode_share(share):
 
 
 def v2_transform(size):
-    """What main-wds.py's would be with torchvision's own transforms."""
+    """Like main-wds.py's transform, but with torchvision's own crop and flip."""
     v2 = script().v2
     crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     return v2.Compose([script().decode_tensor, *crop, script().channels_last])
 
 
-def normalising(args):
-    """Microseconds an image that normalising a batch of bytes takes, on the device; the median of ten batches."""
-    torch, times = script().torch, []
-    batch = torch.randint(256, (64, args.image_size, args.image_size, 3), dtype=torch.uint8), torch.zeros(64)
+def normalizing_time(args):
+    """Microseconds per image for normalizing a batch of bytes on the device, the median of ten batches."""
+    torch = script().torch
+    images = torch.randint(256, (64, args.image_size, args.image_size, 3), dtype=torch.uint8)
+    target = torch.zeros(64)
     run = argparse.Namespace(args=args, workers_end=None)
-    loader = script().DeviceLoader(argparse.Namespace(), run)  # of no batches
+    loader = script().DeviceLoader(argparse.Namespace(), run)  # without batches
+    times = []
     for _ in range(12):
         start = time.perf_counter()
-        images, _ = loader.to_device(*batch)
-        images[-1, -1, -1, -1].item()  # waits for the device
+        normalized, _ = loader.to_device(images, target)
+        normalized[-1, -1, -1, -1].item()  # waits for the device
         times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times[2:]) / 64
+    return 1e6 * statistics.median(times[2:]) / len(images)
 
 
 # ---------------------------------------------------------------------------- training
@@ -338,33 +387,39 @@ def measure_training(folders, rest, args):
     sample = os.path.exists(f"data/{MARK}")
     batch_size = args.batch_size or (BATCH_SIZE if sample else 256)
     rest = [*(TRAINING if sample else []), *rest, "--epochs", str(args.epochs), "--batch-size", str(batch_size)]
-    samples, runs, rows = count_images(folders), [], []
+    samples = count_images(folders)
+    rows = []
     for dataset in folders:
         decode = args.decode or DECODERS[dataset]
         options = ["--dataset", dataset, "--decode", decode]
         options += ["--data", os.path.abspath("data"), "--shards", os.path.abspath("shards")]
         rows.append(Row(f"{dataset}/{decode}", dataset, decode, options))
-    say(f"\ntraining: {samples} images an epoch, main-wds.py {shlex.join(rest)}; images/s:")
-    for i, row in itertools.product(range(args.repeats + 1), rows):
-        if args.cold:
-            drop_from_cache(paths_in(folders[row.dataset]))
-        run = train([*row.options, *rest], args.steps)
-        epochs, steps = divmod(run["steps"], run.pop("total"))
-        images = epochs * samples + steps * batch_size
-        runs.append(record("training", rows, row, i, {"images": images, **run, "batch_size": batch_size}))
+    say(f"\ntraining: {samples} images per epoch, main-wds.py {shlex.join(rest)}; images/s:")
+    runs = []
+    for i in range(args.repeats + 1):
+        for row in rows:
+            if args.cold:
+                drop_from_cache(paths_in(folders[row.dataset]))
+            run = train([*row.options, *rest], args.steps)
+            epochs, steps = divmod(run["steps"], run.pop("total"))
+            images = epochs * samples + steps * batch_size
+            runs.append(record("training", rows, row, i, {"images": images, **run, "batch_size": batch_size}))
     return Result("training", rows, runs, None)
 
 
 def train(rest, steps):
-    """One run of main-wds.py, stopped after so many steps if they are not 0. `total`: the steps of an epoch."""
+    """A run of main-wds.py, stopped after that many steps unless they are 0. `total` is the steps per epoch."""
     command = [sys.executable, os.path.join(ROOT, "main-wds.py"), "--print-freq", "1", *rest]
-    times, waits, acc1 = [], [], None
+    times = []
+    waits = []
+    acc1 = None
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder)
         for line in process.stdout:
             if match := STEP.match(line):
-                total, (time, _, wait, _, _, loss, _, acc1) = int(match[1]), map(float, match.groups()[1:])
-                times.append(time)
+                total = int(match[1])
+                step, _, wait, _, _, loss, _, acc1 = map(float, match.groups()[1:])
+                times.append(step)
                 waits.append(wait)
             elif line.startswith(" * Acc@1"):
                 acc1 = float(line.split()[2])
@@ -387,7 +442,7 @@ def train(rest, steps):
 
 
 def record(part, rows, row, i, run):
-    """The run's record. Prints its images/s, those of a round in a line."""
+    """The record of a run. Prints its images/s; a round is a line."""
     run["images_per_second"] = run["images"] / run["seconds"]
     if row is rows[0]:
         print(f"round {i}: " if i else "warm-up: ", end="")
@@ -397,12 +452,12 @@ def record(part, rows, row, i, run):
 
 
 def values(result, row, key="images_per_second"):
-    """Of the counted runs, round by round; empty if there is no such row."""
+    """A value of the row's runs, per round without the warm-up; empty if there is no such row."""
     return [run[key] for run in result.runs if run["row"] == row and not run["warm_up"]]
 
 
 def ratios(result, row, base):
-    """How many times as many images/s as the base, round by round."""
+    """The row's images/s relative to the base's, per round."""
     return [a / b for a, b in zip(values(result, row), values(result, base), strict=False)]
 
 
@@ -412,20 +467,25 @@ def spread(numbers):
 
 def table(result, accuracy):
     """Print the median of each row's runs, and its ratio to the first row."""
-    width, base, training = max(len(row.name) for row in result.rows), result.rows[0].name, result.part == "training"
+    base = result.rows[0].name
+    width = max(len(row.name) for row in result.rows)
+    training = result.part == "training"
     columns = f"  waiting  train loss  {accuracy}" if training else ""
     say(f"\n{result.part:<{width}}  images/s  first batch{columns}  relative to {base}")
     for row in result.rows:
         line = f"{row.name:<{width}}  {statistics.median(values(result, row.name)):8.1f}"
         for key, form, unit in COLUMNS if training else COLUMNS[:1]:
-            median = "-" if row.dataset == "ceiling" else statistics.median(values(result, row.name, key))
-            line += f"{'-':>13}" if median == "-" else f"{median:{form}}{unit}"
-        line += " " * (len(accuracy) - 5 if training else 0)
+            if row.dataset == "ceiling":
+                line += f"{'-':>13}"
+            else:
+                line += f"{statistics.median(values(result, row.name, key)):{form}}{unit}"
+        if training:
+            line += " " * (len(accuracy) - 5)
         say(f"{line}  {spread(ratios(result, row.name, base)) if row.name != base else '1.00'}")
 
 
-def explain(result, normalise, device):
-    """What the gain is made of, in sentences."""
+def explain(result, normalize, device):
+    """Print what contributes to the gain, in sentences."""
     names = [row.name for row in result.rows]
     resized = next((name for name in names if ", " in name), None)
     say()
@@ -450,21 +510,26 @@ def explain(result, normalise, device):
     if work := own_work(result):
         say(f"dummy, the loader's own work: {work:.0f} microseconds per image after the first batch.")
     if "tensor" in row:
-        say(f"Workers return tensor rows as bytes. Normalizing them on the {device}, not included above, takes")
-        say(f"{normalise:.0f} microseconds per image.")
+        say(f"In tensor rows, workers return uint8. Normalizing on the {device}, not included above, takes")
+        say(f"{normalize:.0f} microseconds per image.")
 
 
 def own_work(result):
-    """Microseconds per image that the dummy takes, once the workers have started; 0 if it was but one batch."""
-    runs = [run for run in result.runs if run["row"] == "dummy" and not run["warm_up"]]
-    rest = [(run["seconds"] - run["first_batch"]) / max(run["images"] - run["batch_size"], 1) for run in runs]
-    return 1e6 * statistics.median(rest)
+    """Microseconds per image of `dummy` after the first batch; 0 if there was only one batch."""
+    times = []
+    for run in result.runs:
+        if run["row"] == "dummy" and not run["warm_up"]:
+            images = max(run["images"] - run["batch_size"], 1)
+            times.append((run["seconds"] - run["first_batch"]) / images)
+    return 1e6 * statistics.median(times)
 
 
 def machine():
     torch = script().torch
     decoder, _ = script().jpeg_decoder()  # of --decode tensor
-    names = ("torch", "torchvision", "webdataset", "Pillow", *(["torchcodec"] if decoder == "TorchCodec" else []))
+    names = ["torch", "torchvision", "webdataset", "Pillow"]
+    if decoder == "TorchCodec":
+        names.append("torchcodec")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     about = {"cpu": cpu_name(), "cores": cores(), "gpu": gpu, "system": platform.system(), "decoder": decoder}
     return about | {"versions": {"Python": platform.python_version()} | {name: version(name) for name in names}}
@@ -489,7 +554,7 @@ def describe(about, repeats, cold):
 
 
 def chart(path, results, footer):
-    """Horizontal bars of images/s, a panel a part."""
+    """Write horizontal bars of images/s, with a panel for loading and one for training."""
     try:
         import matplotlib
     except ImportError:
@@ -509,14 +574,19 @@ def chart(path, results, footer):
 
 
 def panel(axes, result, rows):
-    base, top = rows[0].name, 0
+    base = rows[0].name
+    top = 0
     for y, row in enumerate(rows):
-        rates, ceilings = values(result, row.name), values(result, f"ceiling {row.decode}")
-        median, right = statistics.median(rates), max(rates)
-        color, whiskers = "#2f6db3" if row.dataset == "wds" else "#a9b1ba", [[median - min(rates)], [right - median]]
+        rates = values(result, row.name)
+        median = statistics.median(rates)
+        right = max(rates)
+        color = "#2f6db3" if row.dataset == "wds" else "#a9b1ba"
+        whiskers = [[median - min(rates)], [right - median]]
         axes.barh(y, median, 0.66, xerr=whiskers, color=color, ecolor="0.15", capsize=3)
+        ceilings = values(result, f"ceiling {row.decode}")
         if ceilings and row.name == f"{row.dataset}/{row.decode}":  # and not resized
-            ceiling, label = statistics.median(ceilings), None if y else "ceiling: decoding alone, no loader"
+            ceiling = statistics.median(ceilings)
+            label = None if y else "ceiling: decoding alone, no loader"
             axes.vlines(ceiling, y - 0.4, y + 0.4, colors="#c8442e", linewidth=2.5, label=label)
             right = max(right, ceiling)
         times = "" if row.name == base else f"  ({statistics.median(ratios(result, row.name, base)):.2f} times)"
@@ -539,21 +609,23 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=formatter)
     parser.error = fail
     add = parser.add_argument
-    add("--quick", action="store_true", help="loading only, few images, and on the sample a smaller one")
-    add("--only", choices=["loading", "training"], help="that part alone")
-    add("--cold", action="store_true", help="before each run drop its files from memory, as far as that needs no root")
-    add("--repeats", type=int, default=5, metavar="N", help="counted rounds (%(default)s)")
-    add("--dataset", choices=["both", "wds", "orig"], default="both", help="(%(default)s)")
-    add("--decode", choices=["tensor", "pil"], help="this decoder alone")
-    add("--images", type=int, metavar="N", help="of a loading run, at least (2000 a worker)")
-    add("--resized", metavar="DIR", help="measure these shards of resized images too; on the sample it makes some")
-    add("--steps", type=int, default=0, metavar="N", help="stop each training run after N steps (whole epochs)")
-    add("--epochs", type=int, default=1, metavar="N", help="of each training run (%(default)s)")
-    add("-b", "--batch-size", type=int, metavar="N", help="256; training on the sample 32")
-    add("--out", default=".", metavar="DIR", help="folder for bench.json and bench.png (%(default)s)")
-    add("--prepare", action="store_true", help="make what is missing of ./data and ./shards and stop")
-    parser.epilog = "All other arguments go to main-wds.py: -a, -j, --image-size, --lr, ... -j is by default 4 in"
-    parser.epilog += " training, 2 on the sample, and in loading the number of cores."
+    add("--quick", action="store_true", help="loading only, with few images; on the sample, with a smaller sample")
+    add("--only", choices=["loading", "training"], help="measure this part only")
+    add(
+        "--cold", action="store_true", help="before each run, evict its files from memory, as far as root is not needed"
+    )
+    add("--repeats", type=int, default=5, metavar="N", help="rounds after the warm-up (default: %(default)s)")
+    add("--dataset", choices=["both", "wds", "orig"], default="both", help="(default: %(default)s)")
+    add("--decode", choices=["tensor", "pil"], help="use this decoder only")
+    add("--images", type=int, metavar="N", help="minimum for each loading run (default: 2000 per worker)")
+    add("--resized", metavar="DIR", help="also measure these resized shards (default: for the sample, some are made)")
+    add("--steps", type=int, default=0, metavar="N", help="stop training runs after N steps (default: whole epochs)")
+    add("--epochs", type=int, default=1, metavar="N", help="per training run (default: %(default)s)")
+    add("-b", "--batch-size", type=int, metavar="N", help="(default: 256, or 32 in training on the sample)")
+    add("--out", default=".", metavar="DIR", help="folder for bench.json and bench.png (default: %(default)s)")
+    add("--prepare", action="store_true", help="make ./data and ./shards if missing, and exit")
+    parser.epilog = "All other arguments are passed to main-wds.py: -a, -j, --image-size, --lr, ... The default of -j"
+    parser.epilog += " is the number of cores in loading, 4 in training, and 2 in training on the sample."
     args, rest = parser.parse_known_args()
     rest = [part for word in rest for part in word.split("=", 1)]
     check_args(args, rest)
@@ -566,11 +638,11 @@ def check_args(args, rest):
             fail(f"--{name.replace('_', '-')} {value}: it must be at least {low}")
     for name in ("--data", "--shards", "--trainshards", "--valshards", "--dummy"):
         if name in rest:
-            fail(f"{name}: bench measures ./data and ./shards, and dummy data by itself; link your folders there")
+            fail(f"{name}: bench measures ./data and ./shards, which may be links, and dummy data")
     if args.quick and args.only == "training":
-        fail("--quick measures loading alone; leave out --only training")
+        fail("--quick measures loading only; remove --only training")
     if args.cold and not hasattr(os, "posix_fadvise"):
-        fail("--cold: this system has no way to drop files from memory (posix_fadvise); Linux has")
+        fail("--cold: this system can't evict files from memory (posix_fadvise); Linux can")
     if not os.path.isdir(args.out):
         fail(f"--out {args.out}: no such folder")
     if args.resized and not os.path.exists(os.path.join(args.resized, INDEX)):
@@ -578,9 +650,11 @@ def check_args(args, rest):
 
 
 def measure(args, rest, wanted):
-    """The results of the parts, and microseconds per image for normalizing."""
-    sample = os.path.exists(f"data/{MARK}") or not (os.path.lexists("data") or os.path.exists(f"shards/{INDEX}"))
-    results, normalise = [], None
+    """The results of loading and training, and the microseconds per image for normalizing."""
+    nothing = not os.path.lexists("data") and not os.path.exists(f"shards/{INDEX}")
+    sample = nothing or os.path.exists(f"data/{MARK}")
+    results = []
+    normalize = None
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as scratch:  # on the disk that is measured
         folders = prepare_quick(wanted, scratch) if args.quick and sample else prepare(wanted)
         count_images(folders)
@@ -591,9 +665,9 @@ def measure(args, rest, wanted):
             results.append(measure_loading(rows, rest, args))
         if args.only != "loading" and not args.quick:
             results.append(measure_training(folders, rest, args))
-    if args.only != "training":  # at the end, for it starts threads
-        normalise = normalising(loading_args(rows[0], rest, 64))
-    return results, normalise
+    if args.only != "training":  # last, because it starts threads
+        normalize = normalizing_time(loading_args(rows[0], rest, 64))
+    return results, normalize
 
 
 def main():
@@ -601,21 +675,21 @@ def main():
     command = f"./run bench {shlex.join(sys.argv[1:])}".rstrip()
     wanted = ["orig", "wds"] if args.dataset == "both" else [args.dataset]
     if args.prepare:
-        sys.exit("wds" not in prepare(wanted))
+        sys.exit(0 if "wds" in prepare(wanted) else 1)
     try:
-        results, normalise = measure(args, rest, wanted)
+        results, normalize = measure(args, rest, wanted)
     except Exception as error:
         if type(error).__name__ != "DataError":
             raise
-        fail(str(error).rpartition("DataError: ")[2].strip())  # behind the traceback of the worker it is from
+        fail(str(error).rpartition("DataError: ")[2].strip())  # after the traceback of the worker
     about = machine()
     footer = describe(about, args.repeats, args.cold)
     for result in results:
         table(result, "train Acc@1" if args.steps else "Acc@1")
-        explain(result, normalise, about["gpu"] or "CPU")
+        explain(result, normalize, about["gpu"] or "CPU")
     say(f"\n{footer}\ncommand: {command}")
     about = {"command": command, "machine": about, "cold": args.cold, "repeats": args.repeats}
-    about |= {"normalising_us_per_image": normalise, "runs": [run for result in results for run in result.runs]}
+    about |= {"normalising_us_per_image": normalize, "runs": [run for result in results for run in result.runs]}
     with open(os.path.join(args.out, "bench.json"), "w") as file:
         json.dump(about, file, indent=1)
     say(f"records: {os.path.join(args.out, 'bench.json')}")
@@ -624,5 +698,5 @@ def main():
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # a worker, where workers are not forked: it is sent main-wds.py's classes
+elif __name__ == "__mp_main__":  # a worker that was not forked: it needs main-wds.py's classes to unpickle its work
     script()

@@ -1,102 +1,28 @@
-"""What the tests share: small datasets made once, and a way to run the project's commands as a user types them."""
+"""Fixtures: small datasets, made once, and runs that end with the test."""
 
-import importlib.util
+import functools
 import os
-import re
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(script, *args, cwd, status=0, env=None, timeout=300, typed=False):
-    """Run a script of the project with this Python; returns (stdout, stderr) once the status is as expected.
-
-    The three scripts are forked from a process that has imported them, which saves four seconds: see test_resume.py.
-    Where `typed`, and by test_run.py and test_readme.py, they are run as a user types them.
-    """
-    if script in SCRIPTS and not env and not typed:
-        return forked(None, script, *args, cwd=cwd, status=status, timeout=timeout)
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    env = {"PYTHONWARNINGS": "error", **(env or {})}  # so that no warning goes unseen
-    return run_command(command, cwd=cwd, status=status, env=env, timeout=timeout)
+from commands import Run, run, spawned_ranks
+from make_data import TRAIN, VAL, noise, write_folders, write_shards
 
 
-def run_command(command, *, cwd, status=0, env=None, timeout=300):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}  # the tests are many, and the cores few
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == status, f"{command}\nstatus {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the tests that are marked slow")
 
 
-def forked(ranks, script, *args, cwd, status=0, timeout=300):
-    """As run(), without importing PyTorch anew: as many ranks as torchrun would start, or for None one process alone.
-
-    What rank 0 tells.
-    """
-    if not SERVER:
-        from test_resume import Server
-
-        SERVER.append(Server())
-    server, environment = SERVER[0], {}
-    if ranks:
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks}
-    with tempfile.TemporaryDirectory() as output:
-        pids = []
-        for rank in range(ranks or 1):
-            folder = Path(output, str(rank))
-            folder.mkdir()
-            if ranks:
-                environment |= {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-            env = {name: str(value) for name, value in environment.items()}
-            request = {"script": script, "args": list(map(str, args)), "cwd": str(cwd), "output": str(folder)}
-            pids.append(server.start(**request, env=env))
-        found = [server.ask(pid=pid, timeout=timeout) for pid in pids]
-        for pid, each in zip(pids, found, strict=True):
-            if each is None:
-                os.killpg(pid, signal.SIGKILL)
-        stdout, stderr = (Path(output, "0", name).read_text() for name in ("out", "err"))
-    assert found == [status] * len(pids), f"{script} {args}\nstatus {found}\n{stdout}\n{stderr}"
-    return stdout, stderr
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long, and is run by ./run test --all only")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-SCRIPTS = ("main-orig.py", "main-wds.py", "makeshards.py")
-SERVER = []  # which ends when this process does
-
-
-def error_of(script, *args, cwd, env=None):
-    """The one line with which a script refuses bad input: status 2, no traceback."""
-    _, stderr = run(script, *args, cwd=cwd, status=2, env=env)
-    lines = [line for line in stderr.splitlines() if "Terminating process" not in line]  # PyTorch's log of the others
-    assert len(lines) == 1 and lines[0].startswith(f"{script}: "), stderr
-    return lines[0]
-
-
-def load(script):
-    """A script as a module, for its pure functions."""
-    name = script.replace("-", "_").removesuffix(".py")
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / script)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def summary(stdout):
-    """[(Acc@1, Acc@5)] of each validation."""
-    return [(float(a), float(b)) for a, b in re.findall(r"^ \* Acc@1 (\S+) Acc@5 (\S+)$", stdout, re.M)]
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(scope="session")
@@ -117,3 +43,43 @@ def sample(tmp_path_factory):
     (folder / "shards").mkdir()
     run("makeshards.py", cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Shards of noise, of TRAIN and VAL samples; the class of each sample is its number."""
+    return write_shards(tmp_path_factory.mktemp("noise") / "shards", noise, train=TRAIN, validation=VAL)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """32 training images and 8 for validation, of two classes, in folders."""
+    return write_folders(tmp_path_factory.mktemp("folders"), train=16, val=4)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts main-wds.py, or another script, in the test's folder; a failed test's runs are killed."""
+    runs = []
+
+    def start(*args, script="main-wds.py", cwd=tmp_path, **more):
+        runs.append(Run(script, *args, cwd=cwd, **more))
+        return runs[-1]
+
+    yield start
+    for pid in {pid for each in runs for pid in each.alive()}:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def unbroken(shards, tmp_path_factory):
+    """A function of the ranks and options that returns the folder of an uninterrupted run, made once."""
+
+    @functools.cache
+    def run(ranks, *args):
+        folder = tmp_path_factory.mktemp("unbroken")
+        more = spawned_ranks() if ranks == 2 else []
+        Run("main-wds.py", *args, "--shards", shards, *more, cwd=folder, instrument="record").finish()
+        return folder
+
+    return lambda ranks, *args: run(ranks, *map(str, args))

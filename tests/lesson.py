@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The lesson: each hunk of `diff main-orig.py main-wds.py`, under the words that README.md has for it.
+"""Print each hunk of `diff main-orig.py main-wds.py` under its title in README.md.
 
 python tests/lesson.py
 """
@@ -12,19 +12,28 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def hunks():
-    """[(lines of main-orig.py, lines of main-wds.py that take their place)], in the files' order."""
-    orig, wds = ((ROOT / name).read_text().splitlines() for name in ("main-orig.py", "main-wds.py"))
+    """[(lines of main-orig.py, the lines of main-wds.py that replace them)], in the order of the files."""
+    orig = (ROOT / "main-orig.py").read_text().splitlines()
+    wds = (ROOT / "main-wds.py").read_text().splitlines()
     blocks = difflib.SequenceMatcher(None, orig, wds, autojunk=False).get_opcodes()
     return [(orig[a:b], wds[c:d]) for what, a, b, c, d in blocks if what != "equal"]
 
 
-def words():
-    """The README's sentence on each hunk, which stands there in bold and with its number."""
-    return re.findall(r"^\*\*(\d+\. [^*]+)\*\*", (ROOT / "README.md").read_text(), re.M)
+def titles():
+    """The numbers and bold titles of README.md's list of the hunks, such as "4. The loaders are wrapped."."""
+    readme = (ROOT / "README.md").read_text()
+    _, _, section = readme.partition("\n### What main-wds.py changes\n")
+    section, *_ = re.split(r"^#{1,3} ", section, flags=re.M)  # up to the next heading
+    items = re.findall(r"^(\d+\.)\s+\*\*(.+?)\*\*", section, flags=re.M | re.S)
+    return [f"{number} {' '.join(title.split())}" for number, title in items]
 
 
 if __name__ == "__main__":
-    for title, (old, new) in zip(words(), hunks(), strict=True):
-        count = f"-{len(old)} +{len(new)} lines"
-        print(f"\n{'=' * 20} {' '.join(title.split())} ({count})\n")
-        print(*(f"< {line}" for line in old), *["---"] * bool(old and new), *(f"> {line}" for line in new), sep="\n")
+    for title, (old, new) in zip(titles(), hunks(), strict=True):
+        print(f"\n{'=' * 20} {title} (-{len(old)} +{len(new)} lines)\n")
+        for line in old:
+            print(f"< {line}")
+        if old and new:
+            print("---")
+        for line in new:
+            print(f"> {line}")

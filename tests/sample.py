@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""A small dataset in ImageNet's own format, for those who have no ImageNet.
+"""Write a small dataset in ImageNet's format, for those who don't have ImageNet.
 
-    python tests/sample.py --data ./data                        write it, where there is nothing yet
-    python tests/sample.py --data ./data --shards ./shards --remove      take it and its shards away again
+    python tests/sample.py --data ./data                                   write it, unless ./data exists
+    python tests/sample.py --data ./data --shards ./shards --remove        delete it and its shards
 
-Ten classes of textures and shapes in random colours, sizes and places; 1300 training and 200 validation images whose
-sizes and bytes are distributed as ImageNet's (mostly 500x375, some small, some of several megapixels, about 110 KB).
-torchvision.datasets.ImageNet opens it. The same seed and Pillow give the same bytes.
+Ten classes of textures and shapes in random colors, sizes and positions: 1300 training and 200 validation images. The
+distribution of image and file sizes is about ImageNet's: mostly 500x375 pixels, some small images, some of several
+megapixels, 110 KB per image. torchvision.datasets.ImageNet reads it. The same seed and version of Pillow give the same
+bytes. Ctrl-C stops it without leaving anything behind.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -33,67 +35,79 @@ CLASSES = {
     "n90000009": "rings",
     "n90000010": "crosses",
 }
-SIZES = [  # weight, width, height; about what ImageNet holds
+SIZES = [  # weight, width, height: about ImageNet's distribution
     (46, 500, 375), (16, 375, 500), (11, 500, 333), (5, 333, 500), (5, 500, 500), (4, 400, 300),
     (4, 320, 240), (3, 200, 150), (1, 110, 140), (3, 800, 600), (1, 1280, 960), (0.6, 1600, 1200), (0.4, 2592, 1944),
 ]  # fmt: skip
-MARK = ".sample"  # the file by which ./data is known to be the sample
-BATCH_SIZE = 32  # this and what follows suits the training on it, on a laptop
-TRAINING = ["--image-size", "48", "--lr", "0.02", "--workers", "2"]
+MARK = ".sample"  # a file that marks ./data as the sample
+BATCH_SIZE = 32  # for training on the sample, on a laptop
+TRAINING = ["--image-size", "48", "--lr", "0.02", "--workers", "2"]  # likewise
 
 
 def file_names(train, val):
-    """Paths below the data folder, with their class's wnid: `train` and `val` images of each class."""
+    """(path relative to the data folder, wnid) of each image: `train` and `val` images per class."""
     for wnid in CLASSES:
         for i in range(train):
             yield f"train/{wnid}/{wnid}_{i + 1}.JPEG", wnid
-    for i in range(val * len(CLASSES)):
-        wnid = list(CLASSES)[i % len(CLASSES)]
+    wnids = list(CLASSES)
+    for i in range(val * len(wnids)):
+        wnid = wnids[i % len(wnids)]
         yield f"val/{wnid}/ILSVRC2012_val_{i + 1:08d}.JPEG", wnid
 
 
-def pattern(draw, kind, rng, width, height):
-    """Draw the class's texture or shapes in white, in random size, phase and places."""
+def draw_pattern(draw, kind, rng, width, height):
+    """Draw the texture or the shapes of a class in white, with random sizes and positions."""
     unit = min(width, height) / rng.uniform(5, 11)
-    if kind in ("horizontal stripes", "vertical stripes", "diagonal stripes"):
-        angle = {"h": 0.0, "v": math.pi / 2, "d": rng.choice([1, -1]) * math.pi / 4}[kind[0]] + rng.uniform(-0.15, 0.15)
-        along, across = (math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))
+    if kind.endswith("stripes"):
+        sign = rng.choice([1, -1])
+        angles = {"horizontal": 0.0, "vertical": math.pi / 2, "diagonal": sign * math.pi / 4}
+        angle = angles[kind.removesuffix(" stripes")] + rng.uniform(-0.15, 0.15)
+        dx = math.cos(angle)
+        dy = math.sin(angle)
         reach = math.hypot(width, height)
-        for k in range(-int(reach / unit), int(reach / unit) + 1):
-            x, y = (half + across[d] * unit * (k + 0.2) for d, half in enumerate((width / 2, height / 2)))
-            ends = [(x - reach * along[0], y - reach * along[1]), (x + reach * along[0], y + reach * along[1])]
+        count = int(reach / unit)
+        for k in range(-count, count + 1):
+            x = width / 2 - dy * unit * (k + 0.2)
+            y = height / 2 + dx * unit * (k + 0.2)
+            ends = [(x - reach * dx, y - reach * dy), (x + reach * dx, y + reach * dy)]
             draw.line(ends, fill=255, width=max(2, round(unit / 2)))
     elif kind in ("checkerboard", "grid of dots"):
-        x0, y0 = rng.uniform(-unit, 0), rng.uniform(-unit, 0)
+        x0 = rng.uniform(-unit, 0)
+        y0 = rng.uniform(-unit, 0)
         for row in range(int(height / unit) + 2):
             for column in range(int(width / unit) + 2):
-                x, y = x0 + column * unit, y0 + row * unit
+                x = x0 + column * unit
+                y = y0 + row * unit
                 if kind == "grid of dots":
                     draw.ellipse([x, y, x + 0.6 * unit, y + 0.6 * unit], fill=255)
                 elif (row + column) % 2:
                     draw.rectangle([x, y, x + unit, y + unit], fill=255)
     else:
         for _ in range(rng.randint(9, 18)):
-            x, y, r = rng.uniform(0, width), rng.uniform(0, height), unit * rng.uniform(0.6, 1.3)
-            shape(draw, kind, x, y, r, rng.uniform(0, 2 * math.pi))
+            x = rng.uniform(0, width)
+            y = rng.uniform(0, height)
+            r = unit * rng.uniform(0.6, 1.3)
+            draw_shape(draw, kind, x, y, r, rng.uniform(0, 2 * math.pi))
 
 
-def shape(draw, kind, x, y, r, turn):
-    """One shape of radius r around (x, y), turned by an angle."""
+def draw_shape(draw, kind, x, y, r, angle):
+    """Draw one shape of radius r centered on (x, y), rotated by an angle in radians."""
     if kind == "discs":
         draw.ellipse([x - r, y - r, x + r, y + r], fill=255)
     elif kind == "rings":
         draw.ellipse([x - r, y - r, x + r, y + r], outline=255, width=max(2, round(0.35 * r)))
     elif kind == "crosses":
-        for arm in (turn, turn + math.pi / 2):
-            dx, dy = r * math.cos(arm), r * math.sin(arm)
+        for arm in (angle, angle + math.pi / 2):
+            dx = r * math.cos(arm)
+            dy = r * math.sin(arm)
             draw.line([x - dx, y - dy, x + dx, y + dy], fill=255, width=max(2, round(0.5 * r)))
     else:
-        draw.regular_polygon((x, y, r), {"squares": 4, "triangles": 3}[kind], math.degrees(turn), fill=255)
+        sides = {"squares": 4, "triangles": 3}[kind]
+        draw.regular_polygon((x, y, r), sides, math.degrees(angle), fill=255)
 
 
 def noise(rng, size, cells, mode="RGB"):
-    """Smooth random colours, about `cells` of them along the longer side."""
+    """An image of smooth random colors, about `cells` of them along the longer side."""
     from PIL import Image
 
     scale = cells / max(size)
@@ -103,16 +117,17 @@ def noise(rng, size, cells, mode="RGB"):
 
 
 def draw_image(kind, rng):
-    """An RGB image of the class: two layers of cloudy colour, one showing through the other by the class's pattern."""
+    """An RGB image of a class: two layers of cloudy color; the pattern of the class is a mask between them."""
     from PIL import Image, ImageDraw
 
     _, width, height = rng.choices(SIZES, [weight for weight, _, _ in SIZES])[0]
-    size = width, height
+    size = (width, height)
     mask = Image.new("L", size, 0)
-    pattern(ImageDraw.Draw(mask), kind, rng, width, height)
-    dark, light = (tuple(rng.randint(low, low + 110) for _ in "rgb") for low in (0, 145))
-    colours = [dark, light] if rng.random() < 0.5 else [light, dark]
-    layers = [Image.blend(Image.new("RGB", size, colour), noise(rng, size, 6), 0.3) for colour in colours]
+    draw_pattern(ImageDraw.Draw(mask), kind, rng, width, height)
+    dark = tuple(rng.randint(0, 110) for _ in range(3))
+    light = tuple(rng.randint(145, 255) for _ in range(3))
+    colors = [dark, light] if rng.random() < 0.5 else [light, dark]
+    layers = [Image.blend(Image.new("RGB", size, color), noise(rng, size, 6), 0.3) for color in colors]
     image = Image.composite(*layers, mask)
     for cells, share in ((40, 0.12), (180, 0.14), (500, 0.17)):
         image = Image.blend(image, noise(rng, size, cells), share)
@@ -120,9 +135,10 @@ def draw_image(kind, rng):
 
 
 def encode(path, wnid, seed):
-    """The bytes of the file at that path: JPEG, and as in ImageNet a few grey ones, a CMYK one and a PNG."""
+    """The bytes of the file at that path: a JPEG; as in ImageNet, a few are grayscale, one is CMYK and one a PNG."""
     rng = random.Random(f"{seed} {path}")
-    image, buffer = draw_image(CLASSES[wnid], rng), io.BytesIO()
+    image = draw_image(CLASSES[wnid], rng)
+    buffer = io.BytesIO()
     if path.endswith("n90000003_7.JPEG"):
         image.save(buffer, "PNG")
         return buffer.getvalue()
@@ -142,24 +158,39 @@ def write_image(name, folder, seed):
 
 
 def write_sample(args):
-    """Write all of it beside its place and move it there when it is whole."""
+    """Write the sample to a temporary folder, and rename that once it is complete."""
+    signals = []
+
+    def note_signal(number, _):
+        signals.append(number)
+
+    signal.signal(signal.SIGINT, note_signal)
+
     import torch
     from tqdm import tqdm
 
     names = list(file_names(args.train, args.val))
     folder = tempfile.mkdtemp(prefix=".sample-", dir=os.path.dirname(os.path.abspath(args.data)))
-    os.chmod(folder, 0o755)
     try:
+        os.chmod(folder, 0o755)
+        writer = functools.partial(write_image, folder=folder, seed=args.seed)
         with ProcessPoolExecutor() as pool:
-            writer = functools.partial(write_image, folder=folder, seed=args.seed)
-            bar = functools.partial(tqdm, total=len(names), unit=" images", disable=not sys.stderr.isatty())
-            for _ in bar(pool.map(writer, names, chunksize=8)):
-                pass
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit this, and ignore Ctrl-C
+            results = pool.map(writer, names, chunksize=8)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            for _ in tqdm(results, total=len(names), unit=" images", disable=not sys.stderr.isatty()):
+                if signals:
+                    pool.shutdown(cancel_futures=True)
+                    break
+        if signals:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            print("sample: stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         wnid_to_classes = {wnid: (name,) for wnid, name in CLASSES.items()}
         val_wnids = [wnid for path, wnid in names if path.startswith("val/")]
         torch.save((wnid_to_classes, val_wnids), os.path.join(folder, "meta.bin"))
         with open(os.path.join(folder, MARK), "w") as mark:
-            mark.write(f"{args.train} {args.val} images a class by tests/sample.py; ./run clean takes it away\n")
+            mark.write(f"{args.train} {args.val} images per class, from tests/sample.py; ./run clean deletes them\n")
         os.rename(folder, args.data)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -168,55 +199,59 @@ def write_sample(args):
 
 
 def remove_sample(args):
-    """Take away the files that write_sample and makeshards.py made of it, and the folders that are then empty."""
-    if args.shards and not os.path.islink(args.shards) and (names := names_of_shards(args.shards)):
-        remove(args.shards, names)
+    """Delete the files of the sample and those that makeshards.py made of it, then the folders that are empty."""
+    if args.shards and not os.path.islink(args.shards):
+        names = names_of_shards(args.shards)
+        if names:
+            remove(args.shards, names)
     mark = os.path.join(args.data, MARK)
     if os.path.isfile(mark) and not os.path.islink(args.data):
         with open(mark) as file:
-            counts = [int(word) for word in file.read().split()[:2]]
-        remove(args.data, [path for path, _ in file_names(*counts)] + ["meta.bin"])
+            train, val = file.read().split()[:2]
+        names = [path for path, _ in file_names(int(train), int(val))]
+        remove(args.data, [*names, "meta.bin"])
 
 
 def names_of_shards(folder):
-    """The sample's shards in the folder and their index; nothing if it holds those of another dataset, or none."""
+    """The files of the sample's shards and index in the folder; an empty list if it has none, or another dataset's."""
     try:
         with open(os.path.join(folder, "_info.json")) as file:
             info = json.load(file)
         names = [os.path.basename(name) for split in info["splits"].values() for name in split["filenames"]]
         return [*names, "_info.json"] if info["classes"] == list(CLASSES) else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not an index of ours
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not an index of makeshards.py's
         return []
 
 
 def remove(folder, names):
+    """Delete these files, then the folders that are empty. Print the outcome, and the first file that is in the way."""
     for name in names:
         if os.path.exists(os.path.join(folder, name)):
             os.unlink(os.path.join(folder, name))
     others = [os.path.join(parent, name) for parent, _, found in os.walk(folder) for name in found if name != MARK]
-    if not others and os.path.exists(os.path.join(folder, MARK)):  # it stays as long as there is something left to do
+    if not others and os.path.exists(os.path.join(folder, MARK)):  # kept until all else is deleted
         os.unlink(os.path.join(folder, MARK))
-    for parent in sorted({os.path.dirname(name) for name in names} | {"train", "val", ""}, key=len, reverse=True):
-        path = os.path.join(folder, parent)
+    subfolders = {os.path.dirname(name) for name in names} | {"train", "val", ""}
+    for subfolder in sorted(subfolders, key=len, reverse=True):
+        path = os.path.join(folder, subfolder)
         if os.path.isdir(path) and not os.listdir(path):
             os.rmdir(path)
-    kept = (
-        f"the sample is gone, but {others[0]} is not of it; take that away, and run this again" if others else "removed"
-    )
-    print(f"{folder}: {kept}")
+    if others:
+        print(f"{folder}: the sample was deleted, but {others[0]} is not part of it; delete it, then run this again")
+    else:
+        print(f"{folder}: deleted")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write, or remove, a small dataset in ImageNet's format.")
-    parser.add_argument("--data", default="./data", help="its folder (%(default)s)")
-    parser.add_argument("--shards", help="with --remove: the folder of its shards")
-    parser.add_argument("--remove", action="store_true", help="take the sample and its shards away")
-    parser.add_argument(
-        "--training", action="store_true", help="print arguments for main-wds.py, if this is the sample"
-    )
-    parser.add_argument("--train", type=int, default=130, metavar="N", help="training images a class (%(default)s)")
-    parser.add_argument("--val", type=int, default=20, metavar="N", help="validation images a class (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    parser = argparse.ArgumentParser(description="Write, or delete, a small dataset in ImageNet's format.")
+    add = parser.add_argument
+    add("--data", default="./data", help="folder of the dataset (default: %(default)s)")
+    add("--shards", help="with --remove: folder of its shards")
+    add("--remove", action="store_true", help="delete the sample and its shards")
+    add("--training", action="store_true", help="print arguments for main-wds.py, if --data or ./shards is the sample")
+    add("--train", type=int, default=130, metavar="N", help="training images per class (default: %(default)s)")
+    add("--val", type=int, default=20, metavar="N", help="validation images per class (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the images (default: %(default)s)")
     args = parser.parse_args()
     if args.training:
         if os.path.exists(os.path.join(args.data, MARK)) or names_of_shards("./shards"):

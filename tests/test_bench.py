@@ -1,19 +1,25 @@
-"""The benchmark: what it measures, what it prints and writes. Its figures themselves are not looked at."""
+"""The benchmark: which rows it measures, what it prints and records, which files it reads. And Ctrl-C."""
 
 import collections
 import json
 import math
+import os
+import random
 import re
 import shutil
+import signal
 import statistics
-import zlib
+import time
+from pathlib import Path
 
 import bench
 import pytest
-from conftest import run
+from commands import run
+from make_data import TRAIN, noise, write_folders
 
-LOADING = ["orig/pil", "wds/pil", "orig/tensor", "wds/tensor", "wds/tensor, 256 px", "dummy", "ceiling pil",
-           "ceiling tensor", "ceiling v2"]  # fmt: skip
+IMAGES = sum(TRAIN)  # of the dataset that the tests of the loaders read
+CEILINGS = ["ceiling pil", "ceiling tensor", "ceiling v2"]
+LOADING = ["orig/pil", "wds/pil", "orig/tensor", "wds/tensor", "wds/tensor, 256 px", "dummy", *CEILINGS]
 FAST = ["-a", "shufflenet_v2_x0_5", "-j2", "--image-size=32", "-b20"]
 TINY = ["--images", "40", "--repeats", "1", *FAST]
 
@@ -21,15 +27,15 @@ TINY = ["--images", "40", "--repeats", "1", *FAST]
 def measure(folder, out, *args, **env):
     """(stdout, bench.json, whether there is a chart) of the benchmark in a folder with ./data and ./shards."""
     stdout, stderr = run("tests/bench.py", "--out", out, *args, cwd=folder, env=env)
-    assert stderr == "" and not list(folder.glob(".bench-*")), stderr
+    assert stderr == "" and not list(folder.glob(".bench-*"))
     png = out / "bench.png"
     assert not png.exists() or (png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and png.stat().st_size > 10_000)
     return stdout, json.loads((out / "bench.json").read_text()), png.exists()
 
 
 def error_of(folder, *args):
-    stdout, stderr = run("tests/bench.py", *args, cwd=folder, status=2)
-    assert re.fullmatch("bench: .+\n", stderr), stdout + stderr
+    _, stderr = run("tests/bench.py", *args, cwd=folder, status=2)
+    assert re.fullmatch("bench: .+\n", stderr), stderr
     return stderr
 
 
@@ -38,48 +44,59 @@ def rows_of(report, part):
 
 
 def rates(report, part, row):
-    runs = [run for run in report["runs"] if (run["part"], run["row"], run["warm_up"]) == (part, row, False)]
+    """Images/s of a row, per round without the warm-up."""
+    runs = [run for run in report["runs"] if (run["part"], run["row"]) == (part, row) and not run["warm_up"]]
     assert [run["round"] for run in runs] == list(range(1, report["repeats"] + 1))
     return [run["images"] / run["seconds"] for run in runs]
 
 
 def spread(report, part, row, base):
-    """The median of the ratios, each of one round, as it is printed."""
+    """The ratios of two rows, each within a round, as the report prints them: median (minimum-maximum)."""
     ratios = [a / b for a, b in zip(rates(report, part, row), rates(report, part, base), strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
+def check_table(stdout, report, part):
+    for row in rows_of(report, part):
+        median = statistics.median(rates(report, part, row))
+        line = re.search(rf"^{row} +{median:.1f} .*  (\S.*)$", stdout, re.M)
+        assert line, row
+        assert line[1] == ("1.00" if row == "orig/pil" else spread(report, part, row, "orig/pil"))
+
+
+# ---------------------------------------------------------------------------- the report
+
+
 @pytest.fixture(scope="module")
-def report(small, tmp_path_factory):
-    """Of loading the sample, each run of at least 100 images."""
-    args = "--only", "loading", "--repeats", "2", "--images", "100", *FAST
-    return measure(small, tmp_path_factory.mktemp("out"), *args)
+def report(tmp_path_factory):
+    """Two rounds of loading with --quick, at least 100 images per run."""
+    folder = tmp_path_factory.mktemp("quick")
+    found = measure(folder, folder, "--quick", "--repeats", "2", "--images", "100", *FAST)
+    assert {path.name for path in folder.iterdir()} == {"bench.json", "bench.png"}  # the sample is deleted
+    return found
 
 
-def test_there_is_a_record_of_each_run(report):
-    _, json, chart = report
-    assert chart and json["repeats"] == 2 and json["command"].startswith("./run bench --out ")
-    assert {"cpu", "cores", "gpu", "versions"} <= json["machine"].keys()
-    order = [(run["part"], run["round"], run["row"]) for run in json["runs"]]
+@pytest.mark.slow
+def test_each_run_is_recorded(report):
+    _, found, chart = report
+    assert chart and found["repeats"] == 2 and found["command"].startswith("./run bench --out ")
+    assert {"cpu", "cores", "gpu", "versions"} <= found["machine"].keys()
+    order = [(run["part"], run["round"], run["row"]) for run in found["runs"]]
     assert order == [("loading", i, row) for i in range(3) for row in LOADING]
-    for one in json["runs"]:
-        assert one["images"] == 120, one  # the 100 asked for, in whole rounds of two workers' batches
+    for one in found["runs"]:
+        assert one["images"] == 120, one  # 100 rounded up to whole batches of 20 for each of two workers
         assert one["images_per_second"] == one["images"] / one["seconds"] > 0
-        assert one["warm_up"] == (one["round"] == 0) and (one["batch_size"], one["workers"]) == (20, 2)
-        assert (one["first_batch"] is None) == one["row"].startswith("ceiling")
-        assert one["first_batch"] is None or 0 < one["first_batch"] < one["seconds"]
+        assert (one["warm_up"], one["batch_size"], one["workers"]) == (one["round"] == 0, 20, 2)
+        if one["row"] in CEILINGS:
+            assert one["first_batch"] is None
+        else:
+            assert 0 < one["first_batch"] < one["seconds"]
 
 
-def check_table(stdout, json, part):
-    for row in rows_of(json, part):
-        line = rf"^{row} +{statistics.median(rates(json, part, row)):.1f} .*  (\S.*)$"
-        ratio = re.search(line, stdout, re.M)
-        assert ratio and ratio[1] == ("1.00" if row == "orig/pil" else spread(json, part, row, "orig/pil")), line
-
-
-def test_what_is_printed_follows_from_the_records(report):
-    stdout, json, _ = report
-    check_table(stdout, json, "loading")
+@pytest.mark.slow
+def test_printed_figures_match_the_records(report):
+    stdout, found, _ = report
+    check_table(stdout, found, "loading")
     for row, base in (
         ("wds/tensor", "orig/pil"),
         ("wds/tensor", "orig/tensor"),
@@ -87,157 +104,180 @@ def test_what_is_printed_follows_from_the_records(report):
         ("orig/tensor", "orig/pil"),
         ("wds/tensor, 256 px", "wds/tensor"),
     ):
-        assert f": {row} loads {spread(json, 'loading', row, base)} times as fast as {base}.\n" in stdout
-    assert f"wds/tensor reaches {spread(json, 'loading', 'wds/tensor', 'ceiling tensor')} of its ceiling" in stdout
-    assert f"and {spread(json, 'loading', 'wds/tensor', 'ceiling v2')} of the ceiling with torchvision's own" in stdout
-    assert f"takes\n{json['normalising_us_per_image']:.0f} microseconds per image" in stdout
-    assert json["machine"]["decoder"] == bench.script().jpeg_decoder()[0]
-    decoder = f"; tensor: {json['machine']['decoder']}; "
-    for word in (json["machine"]["cpu"], json["machine"]["versions"]["torch"], decoder, "n = 2", json["command"]):
-        assert word in stdout
+        assert f": {row} loads {spread(found, 'loading', row, base)} times as fast as {base}.\n" in stdout
+    for ceiling in ("ceiling tensor", "ceiling v2"):
+        assert f"{spread(found, 'loading', 'wds/tensor', ceiling)} of " in stdout
+    assert f"\n{found['normalising_us_per_image']:.0f} microseconds per image" in stdout
+    about = found["machine"]
+    assert about["decoder"] == bench.script().jpeg_decoder()[0]
+    for text in (about["cpu"], about["versions"]["torch"], about["decoder"], "n = 2", found["command"]):
+        assert text in stdout
 
 
-def test_quick(tmp_path):
-    """Where there is nothing it leaves nothing but its report."""
-    stdout, json, chart = measure(tmp_path, tmp_path, "--quick", "--repeats", "1", "--images", "20", "--image-size=32")
-    assert chart and rows_of(json, "loading") == LOADING and not rows_of(json, "training")
-    assert "making a sample of 400 images in a temporary folder" in stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.png"}
-
-
-def test_both_parts_with_one_decoder_of_files_that_are_cold(small, tmp_path):
-    stdout, json, chart = measure(small, tmp_path, "--cold", "--decode", "pil", "--steps", "1", *TINY)
-    pairs = ["orig/pil", "wds/pil"]
-    assert rows_of(json, "loading") == [*pairs, "wds/pil, 256 px", "dummy", "ceiling pil"]
-    assert rows_of(json, "training") == pairs and chart and json["cold"]
-    assert "; cold: " in stdout and "Decoder only" not in stdout and "Normalizing" not in stdout
-    check_table(stdout, json, "loading")
-    check_table(stdout, json, "training")
-    assert f"Shards only, with Pillow: wds/pil loads {spread(json, 'loading', *pairs[::-1])} times" in stdout
-    ratio = spread(json, "training", *pairs[::-1])
+@pytest.mark.slow
+def test_both_parts_with_one_decoder_and_cold_files(small, tmp_path):
+    stdout, found, chart = measure(small, tmp_path, "--cold", "--decode", "pil", "--steps", "1", *TINY)
+    assert rows_of(found, "loading") == ["orig/pil", "wds/pil", "wds/pil, 256 px", "dummy", "ceiling pil"]
+    assert rows_of(found, "training") == ["orig/pil", "wds/pil"]
+    assert chart and found["cold"] and "; cold: " in stdout
+    check_table(stdout, found, "loading")
+    check_table(stdout, found, "training")
+    ratio = spread(found, "training", "wds/pil", "orig/pil")
     assert f"Training from wds/pil is {ratio} times as fast as from orig/pil.\n" in stdout
-    last = json["runs"][-1]
-    assert last["images"] == 20 and last["steps"] == 1 and 0 < last["waiting"] < 1 and 0 < last["train_loss"] < 20
+    last = found["runs"][-1]
+    assert (last["images"], last["steps"]) == (20, 1)
+    assert 0 < last["waiting"] < 1 and 0 < last["train_loss"] < 20
     means = rf"{100 * last['waiting']:.1f}% +{last['train_loss']:.3f} +{last['acc1']:.1f}"
     assert re.search(rf"^wds/pil .* s +{means} +{re.escape(ratio)}$", stdout, re.M), stdout
 
 
-def test_training_alone_and_without_matplotlib(small, tmp_path):
+@pytest.mark.slow
+def test_shards_only_and_without_matplotlib(small, tmp_path):
+    (tmp_path / "shards").symlink_to(small / "shards")
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    args = "--only", "training", "--dataset", "wds", "--repeats", "1", *FAST
-    stdout, json, chart = measure(small, tmp_path, *args, PYTHONPATH=str(tmp_path))
-    assert not chart and "no chart: matplotlib is not installed" in stdout
-    assert [run["row"] for run in json["runs"]] == ["wds/tensor", "wds/tensor"] and "times as fast" not in stdout
+    stdout, found, chart = measure(tmp_path, tmp_path, "--only", "loading", *TINY, PYTHONPATH=str(tmp_path))
+    assert not chart and "matplotlib" in stdout
+    assert "./data: measuring the other dataset alone\n" in stdout
+    assert rows_of(found, "loading") == ["wds/pil", "wds/tensor", "dummy", *CEILINGS]
+    assert {run["images"] for run in found["runs"]} == {40}  # of 80
 
 
-@pytest.mark.parametrize("missing, there", [("data", "wds"), ("shards", "orig")])
-def test_one_dataset(missing, there, small, tmp_path):
-    """Large: each run is over 40 of its 80 images. Other shards are named by what their index or folder says."""
-    shutil.copytree(small, tmp_path / "copy")
-    (tmp_path / "copy" / missing).rename(tmp_path / "resized")
-    if missing == "shards":
-        (tmp_path / "copy" / missing).touch()  # a file, so that no shards can be made
-    resized = ["--resized", tmp_path / "resized"] if missing == "shards" else []
-    stdout, stderr = run("tests/bench.py", "--only", "loading", *TINY, *resized, cwd=tmp_path / "copy")
-    assert re.search(rf"^there are no .*\./{missing}: measuring the other dataset alone$", stdout, re.M), stdout
-    json_ = json.loads((tmp_path / "copy" / "bench.json").read_text())
-    more = ["wds/tensor, resized"] if resized else []
-    ceilings = ["ceiling pil", "ceiling tensor", "ceiling v2"]
-    assert rows_of(json_, "loading") == [f"{there}/pil", f"{there}/tensor", *more, "dummy", *ceilings]
-    assert {run["images"] for run in json_["runs"]} == {40} and f"relative to {there}/pil\n" in stdout
-    assert missing == "data" or "makeshards.py: " in stderr
+@pytest.mark.slow
+def test_folders_and_resized_shards(small, tmp_path):
+    """./shards is a file, so that makeshards.py fails. The row of the resized shards has their folder's name."""
+    (tmp_path / "data").symlink_to(small / "data")
+    (tmp_path / "other").symlink_to(small / "shards")
+    (tmp_path / "shards").touch()
+    args = ["--only", "loading", "--resized", tmp_path / "other", *TINY]
+    stdout, stderr = run("tests/bench.py", *args, cwd=tmp_path)
+    assert stderr.startswith("makeshards.py: ")
+    assert "./shards: measuring the other dataset alone\n" in stdout
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert rows_of(found, "loading") == ["orig/pil", "orig/tensor", "wds/tensor, other", "dummy", *CEILINGS]
+    assert {run["images"] for run in found["runs"]} == {40}
 
 
-def test_mistakes(small, tmp_path):
-    for args, words in {
-        ("--repeats", "0"): "--repeats 0: it must be at least 1",
-        ("--quick", "--only", "training"): "--only training",
-        ("--out", "nosuch"): "--out nosuch: no such folder",
-        ("--resized", "."): "--resized .: no _info.json there",
-        ("--only", "loading", "--nonsense"): "--nonsense",
-        ("--data", "elsewhere"): "bench measures ./data and ./shards",
-    }.items():
-        assert words in error_of(small, *args)
-    shutil.copytree(small, tmp_path / "copy")
-    broken = next((tmp_path / "copy" / "data" / "train").glob("*/*"))
-    broken.write_bytes(b"no image")
-    assert f"{broken.name}: not a readable image" in error_of(
-        tmp_path / "copy", "--dataset", "orig", "--only", "loading", *TINY, "--images", "80"
-    )
-    broken.unlink()
-    assert "hold 80 and 79 training images" in error_of(tmp_path / "copy", "--only", "loading", *TINY)
-    broken.parent.rename(broken.parent.parent / "n80000001")
-    assert "classes differ" in error_of(tmp_path / "copy", "--only", "loading", *TINY)
+BAD_OPTIONS = ["--repeats 0", "--quick --only training", "--out nosuch", "--resized .", "--data elsewhere"]
 
 
-# ---------------------------------------------------------------------------- what a run reads
+@pytest.mark.parametrize("options", [*BAD_OPTIONS, "--only loading --nonsense"])
+def test_bad_options(options, small):
+    """The last one is named."""
+    assert re.findall(r"--\w+", options)[-1] in error_of(small, *options.split())
 
 
-def checksum(data):
-    return bench.script().torch.tensor(zlib.crc32(data))
+@pytest.mark.slow
+def test_unreadable_image_and_differing_datasets(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "copy")
+    image = next((folder / "data/train").glob("*/*"))
+    image.write_bytes(b"no image")
+    args = ["--only", "loading", *TINY]
+    assert image.name in error_of(folder, "--dataset", "orig", *args, "--images", "80")
+    image.unlink()
+    assert "80 and 79 training images" in error_of(folder, *args)
+    image.parent.rename(image.parent.parent / "n80000001")
+    assert "classes differ" in error_of(folder, *args)
 
 
-def unchanged(image):
-    return image
+# ---------------------------------------------------------------------------- which files a run reads
 
 
 @pytest.fixture(params=["orig", "wds"])
-def dataset(request, small, monkeypatch):
-    """Makes load() read the small dataset, and returns (args, what it has read): {checksum: times}."""
-    monkeypatch.setattr("sys.argv", ["bench.py"])
-    option, folder = {"orig": ("--data", "data"), "wds": ("--shards", "shards")}[request.param]
-    row = bench.Row("", request.param, "tensor", [option, str(small / folder)])
-    args, counts = bench.loading_args(row, ["-j", "2", "--no-accel"], 7), collections.Counter()
-    monkeypatch.setitem(bench.script().DECODERS, "tensor", checksum)
-    monkeypatch.setattr(bench.script(), "make_transform", lambda args, split: unchanged)
-    monkeypatch.setattr(bench.script().DataLoader, "__iter__", lambda self: watch(self, counts))
-    return args, counts
+def args(request, shards, tmp_path, monkeypatch):
+    """The options of a loading run from shards, or from folders of the same images. Each image is a class."""
+    options = ["--shards", str(shards)]
+    if request.param == "orig":
+        names = [f"{i:02}" for i in range(IMAGES)]
+        options = ["--data", str(write_folders(tmp_path / "data", train=1, val=0, classes=names))]
+    monkeypatch.setattr("sys.argv", ["bench.py"])  # which loading_args() changes
+    row = bench.Row("", request.param, "tensor", options)
+    return bench.loading_args(row, ["-j", "2", "--image-size", "32", "--no-accel"], 7)
 
 
-original_iter = bench.script().DataLoader.__iter__
+def read_epoch(args, images):
+    """{class: how often it occurs} in the epoch from which a run takes that many images."""
+    loader, _ = bench.make_loader(args, images)
+    counts = collections.Counter()
+    for _, target in loader:
+        counts.update(target.tolist())
+    return counts
 
 
-def watch(loader, counts):
-    for images, target in original_iter(loader):
-        counts.update(images.tolist())
-        yield images, target
+@pytest.mark.parametrize("images, times", [(IMAGES, 1), (IMAGES + 1, 2), (200, 3)])
+def test_small_dataset_is_repeated(images, times, args):
+    assert read_epoch(args, images) == dict.fromkeys(range(IMAGES), times)
+    assert images <= bench.load(args, images, cold=False)["images"] < images + 7
 
 
-@pytest.mark.parametrize("images, times", [(80, 1), (81, 2), (200, 3)])
-def test_a_small_dataset_is_repeated(images, times, dataset):
-    args, counts = dataset
-    read = bench.load(args, images, cold=False)["images"]
-    assert images <= read < images + 7 and sum(counts.values()) == read
-    assert len(counts) <= 80 and max(counts.values()) <= times
-
-
-def test_of_a_large_dataset_a_part_is_read(dataset):
-    args, counts = dataset
+def test_large_dataset_is_read_in_random_parts(args):
+    random.seed(0)
     seen = set()
-    for _ in range(10):
-        counts.clear()
-        images = bench.load(args, 20, cold=False)["images"]
-        assert 20 <= images < 27 and sum(counts.values()) == images and max(counts.values()) == 1
+    for _ in range(5):
+        counts = read_epoch(args, 20)
+        assert 20 <= counts.total() < IMAGES
+        assert set(counts.values()) == {1}
         seen |= counts.keys()
-    assert len(seen) > 30  # another part each time
+    assert len(seen) > 30
+    assert 20 <= bench.load(args, 20, cold=False)["images"] < 27
 
 
-def test_cold_drops_what_the_run_reads(dataset, small, monkeypatch):
-    args, _ = dataset
-    dropped = []
-    monkeypatch.setattr(bench.os, "posix_fadvise", lambda file, *_: dropped.append(bench.os.fstat(file).st_ino))
-    bench.load(args, 80, cold=False)
-    assert not dropped
-    bench.load(args, 80, cold=True)
-    files = small.glob("data/train/*/*" if args.dataset == "orig" else "shards/*train*.tar")
-    assert sorted(dropped) == sorted(path.stat().st_ino for path in files)
+def test_cold_evicts_the_files_of_the_run(args, monkeypatch):
+    evicted = []
+
+    def evict(file, offset, length, advice):
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        evicted.append(os.fstat(file).st_ino)
+
+    monkeypatch.setattr("os.posix_fadvise", evict)
+    bench.load(args, IMAGES, cold=False)
+    assert evicted == []
+    bench.load(args, IMAGES, cold=True)
+    if args.dataset == "orig":
+        files = Path(args.data).glob("train/*/*")
+    else:
+        files = Path(args.shards).glob("imagenet-train-*.tar")
+    assert sorted(evicted) == sorted(path.stat().st_ino for path in files)
 
 
-def test_the_ceiling_is_over_the_same_files(dataset):
-    args, _ = dataset
+def test_ceiling_decodes_the_same_images(args):
     files = bench.read_files(args, 100)
-    assert len(set(files)) == len(files) == 80
-    assert len(bench.read_files(args, 30)) == 30
+    assert sorted(files) == sorted(map(noise, range(IMAGES)))
+    part = bench.read_files(args, 30)
+    assert len(set(part)) == len(part) == 30 and set(part) < set(files)
     for v2 in (False, True):
-        run = bench.decode_only(args, files[:10], 35, v2)
-        assert run["images"] == 35 and run["seconds"] > 0 and math.isfinite(run["seconds"])
+        result = bench.decode_only(args, files[:10], 35, v2)
+        assert result["images"] == 35 and 0 < result["seconds"] < math.inf
+
+
+# ---------------------------------------------------------------------------- Ctrl-C
+
+
+PREPARE = ["--dataset", "wds", "--prepare"]  # as ./run does before training
+
+
+def interrupt(run, folder, pattern):
+    """Ctrl-C, a SIGINT to all processes, once a file matches the pattern. Returns the only line on stderr."""
+    end = time.monotonic() + 120
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < end and run.alive(), run.output()
+        time.sleep(0.01)
+    run.kill(signal.SIGINT, group=True)
+    _, (line,) = run.finish(status=130, lines=1)
+    return line
+
+
+@pytest.mark.parametrize("script, options", [("sample.py", ["--train", 2000]), ("bench.py", PREPARE)])
+def test_ctrl_c_while_the_sample_is_written(script, options, start, tmp_path):
+    run = start(*options, script=f"tests/{script}", typed=True)
+    assert interrupt(run, tmp_path, ".sample-*/train/*/*.JPEG") == "sample: stopped"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "err"}
+
+
+def test_ctrl_c_while_the_shards_are_written(start, folders, tmp_path):
+    """A FIFO without a reader in place of the shard's temporary file stops the worker that opens it."""
+    (tmp_path / "data").symlink_to(folders)
+    (tmp_path / "shards").mkdir()
+    os.mkfifo(tmp_path / "shards/imagenet-train-000000.tar.tmp")
+    run = start(*PREPARE, script="tests/bench.py", typed=True)
+    assert interrupt(run, tmp_path / "shards", ".train.json").startswith("makeshards.py: ")
+    assert list((tmp_path / "shards").iterdir()) == []

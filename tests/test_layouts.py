@@ -1,249 +1,235 @@
-"""makeshards.py on each of the ways in which people hold ImageNet, and on folders of their own: the same shards."""
+"""makeshards.py writes the same shards from each layout of ImageNet; other folders of images work, too."""
 
 import csv
 import hashlib
 import io
+import itertools
 import json
-import os
 import random
 import re
 import shutil
 import sys
-import tarfile
 
 import numpy as np
 import pytest
-from conftest import error_of, run, run_command
+from commands import error_of, run, run_command
+from make_data import noise, picture, read_tar, tar
 from PIL import Image
 from torchvision.datasets import ImageFolder, ImageNet, imagenet
 
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
-IDS = dict(zip(WNIDS, (4, 2, 6, 1, 5), strict=True))  # the devkit's, which are in another order than the classes
-TRUTH = [WNIDS[i] for i in (3, 0, 4, 0, 2, 1, 1, 4, 3, 2)]  # of the validation images
+IDS = dict(zip(WNIDS, (4, 2, 6, 1, 5), strict=True))  # the devkit's, in another order than the classes
+TRUTH = [WNIDS[i] for i in (3, 0, 4, 0, 2, 1, 1, 4, 3, 2)]  # classes of the validation images
 ARCHIVES = {split: name for split, (name, _) in imagenet.ARCHIVE_META.items()}
 
-
-def jpeg(seed, format="JPEG"):
-    """The bytes of a small image of its own."""
-    out = io.BytesIO()
-    Image.frombytes("RGB", (16, 12), random.Random(seed).randbytes(16 * 12 * 3)).save(out, format)
-    return out.getvalue()
-
-
-TRAIN = {f"{wnid}/{wnid}_{i}.JPEG": jpeg(f"{wnid} {i}") for wnid in WNIDS for i in (10, 2, 3)}
-VAL = {f"{wnid}/ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(i) for i, wnid in enumerate(TRUTH)}
+NUMBERS = itertools.count()
+TRAIN = {f"{wnid}/{wnid}_{i}.JPEG": noise(next(NUMBERS)) for wnid in WNIDS for i in (10, 2, 3)}
+VAL = {f"{wnid}/ILSVRC2012_val_{i:08d}.JPEG": noise(next(NUMBERS)) for i, wnid in enumerate(TRUTH, 1)}
 FLAT = {name.partition("/")[2]: data for name, data in VAL.items()}
 
 
-def lay(folder, files):
-    """Write files, {path: bytes}, below the folder, which is given back."""
+def write_files(folder, files):
+    """Write files, {path: bytes}, below the folder, and return it."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return folder
 
 
-def tree(folder):
-    """The files below the folder: {path: bytes}."""
+def read_files(folder):
+    """{path: bytes} of the files below the folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def make(cwd, *options):
-    """Write shards of 4 samples; what the command says."""
+def makeshards(cwd, *options):
+    """Write shards of 4 samples to shards/; returns stdout."""
     (cwd / "shards").mkdir(exist_ok=True)
     return run("makeshards.py", "--maxcount", 4, *options, cwd=cwd)[0]
 
 
 def refused(cwd, *options):
-    """The one line of an error, when no shard is written."""
+    """The error of makeshards.py, which must not change shards/."""
     (cwd / "shards").mkdir(exist_ok=True)
-    before = tree(cwd / "shards")
+    before = read_files(cwd / "shards")
     message = error_of("makeshards.py", "--maxcount", 4, *options, cwd=cwd)
-    assert tree(cwd / "shards") == before
+    assert read_files(cwd / "shards") == before
     return message
 
 
-def assert_torchvisions(cwd, data="data", splits=("train", "val")):
-    """Each image of torchvision's ImageFolder is in the shards once, at its place, with its class and its bytes."""
-    index = json.loads((cwd / "shards/_info.json").read_text())
+def read_index(cwd):
+    return json.loads((cwd / "shards/_info.json").read_text())
+
+
+def assert_like_image_folder(cwd, data="data", splits=("train", "val")):
+    """The shards hold each image of torchvision's ImageFolder once, under its number, with its class and bytes."""
+    index = read_index(cwd)
     for split in splits:
-        found, members = ImageFolder(cwd / data / split), {}
-        assert index["classes"] == found.classes
         entry = index["splits"]["train" if split == "train" else "validation"]
+        found = []
         for name, length in zip(entry["filenames"], entry["shard_lengths"], strict=True):
-            with tarfile.open(cwd / "shards" / name) as shard:
-                content = {member.name: shard.extractfile(member).read() for member in shard}
-            assert len(content) == 2 * length and not members.keys() & content
-            members |= content
-        expected = {}
-        for i, (path, label) in enumerate(found.imgs):
-            ending = os.path.splitext(path)[1][1:].lower().replace("jpeg", "jpg")
+            members = read_tar(cwd / "shards" / name)
+            assert len(members) == 2 * length
+            found += members
+        dataset = ImageFolder(cwd / data / split)
+        expected = []
+        for i, (path, label) in enumerate(dataset.imgs):
+            ending = path.rpartition(".")[2].lower().replace("jpeg", "jpg")
             with open(path, "rb") as file:
-                expected |= {f"{i:07d}.cls": b"%d" % label, f"{i:07d}.{ending}": file.read()}
-        assert members == expected
-        assert entry["num_samples"] == len(found)
+                expected += [(f"{i:07d}.cls", b"%d" % label), (f"{i:07d}.{ending}", file.read())]
+        assert sorted(found) == sorted(expected)
+        assert index["classes"] == dataset.classes and entry["num_samples"] == len(dataset)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """data/ with train/ and val/ and nothing else, and their shards in shards/: the measure for the others."""
+    """data/ with train/ and val/ and nothing else, and its shards in shards/, with which the others are compared."""
     folder = tmp_path_factory.mktemp("plain")
-    lay(folder / "data/train", TRAIN)
-    lay(folder / "data/val", VAL)
-    assert "val: 3 shards, 10 samples written" in make(folder)
+    write_files(folder / "data/train", TRAIN)
+    write_files(folder / "data/val", VAL)
+    assert "val: 3 shards, 10 samples written" in makeshards(folder)
     return folder
 
 
-def assert_same(cwd, plain):
-    ours, theirs = tree(cwd / "shards"), tree(plain / "shards")
-    assert sorted(ours) == sorted(theirs) and len(ours) == 8  # 4 + 3 shards and the index
-    assert not [name for name in ours if ours[name] != theirs[name]]
+def assert_same_shards(cwd, plain):
+    ours = read_files(cwd / "shards")
+    assert len(ours) == 8  # 4 + 3 shards and the index
+    assert ours == read_files(plain / "shards")
 
 
-def test_plain_folders(plain):
-    """train/ and val/ without a devkit."""
-    assert_torchvisions(plain)
+def test_train_and_val(plain):
+    assert_like_image_folder(plain)
 
 
-# ---------------------------------------------------------------------------- torchvision's
-
-
-def tar(files, mode="w"):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode=mode) as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return out.getvalue()
+# ---------------------------------------------------------------------------- torchvision.datasets.ImageNet
 
 
 @pytest.fixture(scope="module")
 def archives():
-    """The three archives of ImageNet as they are downloaded, but small: {name: bytes}."""
+    """ImageNet's three archives as they are downloaded, with few images: {name: bytes}."""
     scipy_io = pytest.importorskip("scipy.io", reason="torchvision reads the devkit with scipy", exc_type=ImportError)
     names = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height")
     synsets = [(i, wnid, f"name of {wnid}, another", "", 0, [], 0) for wnid, i in IDS.items()]
-    synsets.insert(2, (3, "n00000001", "none of the classes", "", 2, [1, 2], 1))  # for it has others below it
+    synsets.append((3, "n00000001", "not a class", "", 2, [1, 2], 1))  # because it has children
     kinds = [(name, "O" if name in ("WNID", "words", "gloss", "children") else "u2") for name in names]
     meta = io.BytesIO()
     scipy_io.savemat(meta, {"synsets": np.array(sorted(synsets), dtype=kinds)})
     truth = "".join(f"{IDS[wnid]}\n" for wnid in TRUTH).encode()
-    devkit = {"data/meta.mat": meta.getvalue(), "data/ILSVRC2012_validation_ground_truth.txt": truth}
-    classes = {wnid: {name[10:]: data for name, data in TRAIN.items() if name.startswith(wnid)} for wnid in WNIDS}
+    devkit = {"meta.mat": meta.getvalue(), "ILSVRC2012_validation_ground_truth.txt": truth}
+    classes = []
+    for wnid in WNIDS:
+        files = [(name.partition("/")[2], data) for name, data in TRAIN.items() if name.startswith(wnid)]
+        classes.append((f"{wnid}.tar", tar(files)))
     return {
-        ARCHIVES["train"]: tar({f"{wnid}.tar": tar(files) for wnid, files in classes.items()}),
-        ARCHIVES["val"]: tar(FLAT),
-        ARCHIVES["devkit"]: tar({f"ILSVRC2012_devkit_t12/{name}": data for name, data in devkit.items()}, "w:gz"),
+        ARCHIVES["train"]: tar(classes),
+        ARCHIVES["val"]: tar(FLAT.items()),
+        ARCHIVES["devkit"]: tar(
+            [(f"ILSVRC2012_devkit_t12/data/{name}", data) for name, data in devkit.items()], mode="w:gz"
+        ),
     }
 
 
-def test_torchvisions_with_meta_bin(plain, archives, tmp_path, monkeypatch):
-    """As torchvision.datasets.ImageNet leaves it, with the archives still there: they are not unpacked again."""
-    data = lay(tmp_path / "data", archives)
-    known = {split: (name, hashlib.md5(archives[name]).hexdigest()) for split, name in ARCHIVES.items()}
-    monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
-    train, val = (ImageNet(data, split) for split in ("train", "val"))
+def archive_meta(archives):
+    """What torchvision knows of the archives: ours instead of the real ones."""
+    return {split: (name, hashlib.md5(archives[name]).hexdigest()) for split, name in ARCHIVES.items()}
+
+
+def test_torchvision(plain, archives, tmp_path, monkeypatch):
+    """As torchvision.datasets.ImageNet leaves the folder, with the archives still in it."""
+    data = write_files(tmp_path / "data", archives)
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", archive_meta(archives))
+    train = ImageNet(data, "train")
+    val = ImageNet(data, "val")
     assert (data / "meta.bin").exists() and val.classes[0] == (f"name of {WNIDS[0]}", "another")
-    assert tree(data / "train") == TRAIN and tree(data / "val") == VAL
-    make(tmp_path)
-    assert_same(tmp_path, plain)
-    assert json.loads((tmp_path / "shards/_info.json").read_text())["classes"] == train.wnids == val.wnids
+    assert read_files(data / "train") == TRAIN and read_files(data / "val") == VAL
+    makeshards(tmp_path)
+    assert_same_shards(tmp_path, plain)
+    assert read_index(tmp_path)["classes"] == train.wnids == val.wnids
 
 
-def test_torchvisions_archives_alone(plain, archives, tmp_path):
-    """Refused with the commands that unpack them; once those have run, the shards are the same."""
-    data = lay(tmp_path / "data", archives)
-    message = refused(tmp_path)
-    assert "unpack them with torchvision and scipy" in message
-    code = re.search('python -c "(.*?)"', message)[1]
-    assert message.endswith(f"""python -c "{code}", and the same with 'val'""")
-    md5 = {split: (name, hashlib.md5(archives[name]).hexdigest()) for split, name in ARCHIVES.items()}
-    known = f"from torchvision.datasets import imagenet; imagenet.ARCHIVE_META = {md5}\n"  # take ours for the real ones
+@pytest.mark.slow
+def test_archives(plain, archives, tmp_path):
+    """The error has the command that unpacks the archive of a split. After those, the shards are the same."""
+    data = write_files(tmp_path / "data", archives)
+    known = f"from torchvision.datasets import imagenet; imagenet.ARCHIVE_META = {archive_meta(archives)}\n"
     for split in ("train", "val"):
-        command = [sys.executable, "-c", known + code.replace("train", split)]
-        run_command(command, cwd=tmp_path, env={"PYTHONWARNINGS": "ignore"})
-    assert tree(data / "train") == TRAIN and tree(data / "val") == VAL
-    make(tmp_path)
-    assert_same(tmp_path, plain)
+        message = refused(tmp_path)
+        code = re.search('python -c "(.*?)"', message)[1]
+        assert f"ImageNet('./data', '{split}')" in code and "scipy" in message
+        assert ("the same with 'val'" in message) == (split == "train")
+        run_command([sys.executable, "-c", known + code], cwd=tmp_path, env={"PYTHONWARNINGS": "ignore"})
+    assert read_files(data / "train") == TRAIN and read_files(data / "val") == VAL
+    makeshards(tmp_path)
+    assert_same_shards(tmp_path, plain)
 
 
-def test_one_archive_alone(plain, archives, tmp_path):
-    data = lay(tmp_path / "data", {ARCHIVES["val"]: archives[ARCHIVES["val"]]})
-    (data / "train").symlink_to(plain / "data/train")
-    message = refused(tmp_path)
-    assert "ImageNet('./data', 'val')" in message and "train" not in message
-    make(tmp_path, "--splits", "train")
-
-
-# ---------------------------------------------------------------------------- Kaggle's
+# ---------------------------------------------------------------------------- Kaggle
 
 
 def solution(truth=VAL, head=("ImageId", "PredictionString")):
     """LOC_val_solution.csv: its lines are in no order, and name the class once for each box."""
-    rows = [(path.split("/")[1][:-5], path.split("/")[0]) for path in truth]
+    rows = []
+    for i, path in enumerate(truth):
+        wnid, _, name = path.partition("/")
+        rows.append((name.removesuffix(".JPEG"), f"{wnid} 85 1 499 272 " * (1 + i % 3)))
     random.Random(0).shuffle(rows)
     out = io.StringIO()
-    boxes = [(image, f"{wnid} 85 1 499 272 " * (1 + i % 3)) for i, (image, wnid) in enumerate(rows)]
-    csv.writer(out, lineterminator="\n").writerows([head, *boxes])
+    csv.writer(out, lineterminator="\n").writerows([head, *rows])
     return out.getvalue().encode()
 
 
 @pytest.fixture
 def kaggle(tmp_path):
-    """kaggle/ as Kaggle's archive unpacks; its CLS-LOC."""
-    lay(tmp_path / "kaggle", {"LOC_val_solution.csv": solution(), "LOC_synset_mapping.txt": b"", "ILSVRC/x": b""})
+    """kaggle/ as Kaggle's archive unpacks; returns its CLS-LOC."""
+    files = {"LOC_val_solution.csv": solution(), "LOC_synset_mapping.txt": b"", "ILSVRC/x": b""}
+    write_files(tmp_path / "kaggle", files)
     folder = tmp_path / "kaggle/ILSVRC/Data/CLS-LOC"
-    lay(folder / "train", TRAIN)
-    lay(folder / "val", FLAT)
-    lay(folder / "test", {f"ILSVRC2012_test_{i:08d}.JPEG": jpeg(f"test {i}") for i in (1, 2)})
+    write_files(folder / "train", TRAIN)
+    write_files(folder / "val", FLAT)
+    write_files(folder / "test", {f"ILSVRC2012_test_{i:08d}.JPEG": noise(100 + i) for i in (1, 2)})
     return folder
 
 
-@pytest.mark.parametrize("case", ["--data at its root", "--data at CLS-LOC", "./data, a link to CLS-LOC"])
-def test_kaggles(case, plain, kaggle, tmp_path):
-    options = {"root": ["--data", "kaggle"], "CLS-LOC": ["--data", kaggle]}.get(case.rpartition(" ")[2], [])
-    if case.startswith("./data"):
+@pytest.mark.parametrize("data", ["kaggle", "kaggle/ILSVRC/Data/CLS-LOC", "link to CLS-LOC"])
+def test_kaggle(data, plain, kaggle, tmp_path):
+    if data.startswith("link"):
         (tmp_path / "data").symlink_to(kaggle)
-        options = []
-    make(tmp_path, *options)
-    assert_same(tmp_path, plain)
+        data = "./data"
+    makeshards(tmp_path, "--data", data)
+    assert_same_shards(tmp_path, plain)
 
 
-@pytest.mark.parametrize("case", ["image without a line", "line without an image", "another table"])
-def test_kaggles_table_that_does_not_fit(case, kaggle, tmp_path):
-    """The error names the table, and what is in one of the two alone: among 50,000 nobody finds it otherwise."""
-    table, (first, *_) = tmp_path / "kaggle/LOC_val_solution.csv", FLAT
+@pytest.mark.parametrize("case", ["image without a line", "line without an image", "folder", "another table"])
+def test_kaggle_table_does_not_fit(case, kaggle, tmp_path):
+    """The error names the table, and what only one of table and val/ has."""
+    table = tmp_path / "kaggle/LOC_val_solution.csv"
+    differing = min(FLAT).removesuffix(".JPEG")
     if case == "image without a line":
-        table.write_bytes(solution([name for name in VAL if not name.endswith(first)]))
+        table.write_bytes(solution([name for name in VAL if differing not in name]))
     elif case == "line without an image":
-        (kaggle / "val" / first).unlink()
+        (kaggle / "val" / f"{differing}.JPEG").unlink()
+    elif case == "folder":
+        differing = WNIDS[0]
+        write_files(kaggle / "val", {f"{differing}/extra.JPEG": noise(200)})
     else:
+        differing = ""
         table.write_bytes(solution(head=("image", "label")))
     message = refused(tmp_path, "--data", "kaggle")
-    assert "LOC_val_solution.csv" in message
-    assert case == "another table" or first.removesuffix(".JPEG") in message
+    assert "LOC_val_solution.csv" in message and differing in message
 
 
-def test_kaggles_with_a_folder(kaggle, tmp_path):
-    """It does not make the images beside it disappear."""
-    lay(kaggle / "val", {f"{WNIDS[0]}/extra.JPEG": jpeg("extra")})
-    assert f"they differ in 1 image, e.g. {WNIDS[0]}" in refused(tmp_path, "--data", "kaggle")
-
-
-# ---------------------------------------------------------------------------- links, subsets, and folders of one's own
+# ---------------------------------------------------------------------------- links, subsets, other datasets
 
 
 def test_links(plain, tmp_path):
-    """./data, val/ and the class folders may be links to anywhere."""
-    lay(tmp_path / "disk1", {f"{name[:9]}-images/{name[10:]}": data for name, data in TRAIN.items()})
+    """data/, val/ and the class folders may be symbolic links."""
+    write_files(tmp_path / "disk1", {name.replace("/", "-images/"): data for name, data in TRAIN.items()})
     (tmp_path / "disk2/imagenet/train").mkdir(parents=True)
     for wnid in WNIDS:
         (tmp_path / "disk2/imagenet/train" / wnid).symlink_to(tmp_path / "disk1" / f"{wnid}-images")
     (tmp_path / "disk2/imagenet/val").symlink_to(plain / "data/val")
     (tmp_path / "data").symlink_to("disk2/imagenet")
-    make(tmp_path)
-    assert_same(tmp_path, plain)
+    makeshards(tmp_path)
+    assert_same_shards(tmp_path, plain)
 
 
 def link_classes(folder, source, classes):
@@ -252,46 +238,41 @@ def link_classes(folder, source, classes):
         (folder / name).symlink_to(source / name)
 
 
-def labels(cwd, split):
-    """{key: class} of a split's samples."""
-    found = {}
-    for path in sorted((cwd / "shards").glob(f"imagenet-{split}-*.tar")):
-        with tarfile.open(path) as shard:
-            for member in shard:
-                if member.name.endswith(".cls"):
-                    found[member.name[:-4]] = int(shard.extractfile(member).read())
-    return found
+def read_classes(cwd, split):
+    """The class of each sample of a split, in order."""
+    members = [member for path in sorted((cwd / "shards").glob(f"imagenet-{split}-*.tar")) for member in read_tar(path)]
+    return [int(data) for name, data in members if name.endswith(".cls")]
 
 
-def test_a_subset_of_the_classes(plain, tmp_path):
-    """Linked into both splits they are a dataset of their own, numbered from 0."""
+def test_subset_of_the_classes(plain, tmp_path):
+    """Its classes are numbered from 0."""
     for split in ("train", "val"):
         link_classes(tmp_path / "data" / split, plain / "data" / split, WNIDS[1:4])
-    make(tmp_path)
-    assert_torchvisions(tmp_path)
-    assert json.loads((tmp_path / "shards/_info.json").read_text())["classes"] == WNIDS[1:4]
+    makeshards(tmp_path)
+    assert_like_image_folder(tmp_path)
+    assert read_index(tmp_path)["classes"] == WNIDS[1:4]
 
 
 @pytest.mark.parametrize("runs", [["train,val"], ["train", "val"], ["val", "train"], ["train", "val without train/"]])
 def test_fewer_classes_in_val(runs, plain, tmp_path):
-    """They are numbered as in train/, or as in the index that is there, also if the splits are written one by one."""
+    """They are numbered as in train/ or, if that is gone, as in the index; also if splits are written one by one."""
     link_classes(tmp_path / "data/train", plain / "data/train", WNIDS[:4])
     link_classes(tmp_path / "data/val", plain / "data/val", [WNIDS[0], WNIDS[3]])
     for splits in runs:
-        if "without" in splits:
+        if splits == "val without train/":
             shutil.rmtree(tmp_path / "data/train")
-        stdout = make(tmp_path, "--splits", splits.partition(" ")[0])
-        assert ("./data/val: 2 of the 4 training classes\n" in stdout) == ("val" in splits)
-    assert json.loads((tmp_path / "shards/_info.json").read_text())["classes"] == WNIDS[:4]
-    expected = [WNIDS.index(wnid) for wnid in sorted(TRUTH) if wnid in (WNIDS[0], WNIDS[3])]
-    assert list(labels(tmp_path, "val").values()) == expected
-    assert set(labels(tmp_path, "train").values()) == {0, 1, 2, 3}
+            splits = "val"
+        stdout = makeshards(tmp_path, "--splits", splits)
+        assert ("2 of the 4 training classes" in stdout) == ("val" in splits)
+    assert read_index(tmp_path)["classes"] == WNIDS[:4]
+    assert read_classes(tmp_path, "val") == [0, 0, 3, 3]
+    assert set(read_classes(tmp_path, "train")) == {0, 1, 2, 3}
     stdout, _ = run("makeshards.py", "--verify", cwd=tmp_path)
     assert "compared with the index and ./data" in stdout and "no problems found" in stdout
 
 
-def test_val_without_its_classes(plain, tmp_path):
-    """Neither train/ nor an index: there is nothing to number them by."""
+def test_val_alone(plain, tmp_path):
+    """Without train/ and an index, its classes have no numbers."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/val").symlink_to(plain / "data/val")
     assert "data/train" in refused(tmp_path, "--splits", "val")
@@ -304,53 +285,49 @@ def test_other_classes_in_val(plain, tmp_path):
     assert f"data/val: 2 class folders that train/ does not have, e.g. {WNIDS[0]}, {WNIDS[4]}" in message
 
 
+def test_val_missing_empty_or_flat(plain, tmp_path):
+    """The error names val/ and the fix; --splits train works without it."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train").symlink_to(plain / "data/train")
+    message = refused(tmp_path)
+    assert "data/val" in message and "--splits train" in message
+    (tmp_path / "data/val").mkdir()
+    assert "data/val" in refused(tmp_path)
+    write_files(tmp_path / "data/val", FLAT)
+    message = refused(tmp_path)
+    assert "data/val" in message and "LOC_val_solution.csv" in message
+    shutil.rmtree(tmp_path / "data/val")
+    assert makeshards(tmp_path, "--splits", "train") == "train: 4 shards, 15 samples written\n"
+    assert list(read_index(tmp_path)["splits"]) == ["train"]
+    expected = {name: data for name, data in read_files(plain / "shards").items() if "-train-" in name}
+    ours = read_files(tmp_path / "shards")
+    del ours["_info.json"]
+    assert ours == expected
+
+
 def test_more_classes_than_outputs(tmp_path):
-    image = jpeg("one")
-    for split in ("train", "val"):
-        lay(tmp_path / "data" / split, {f"{i:04d}/x.jpg": image for i in range(1001 if split == "train" else 1)})
-    stdout = make(tmp_path, "--maxcount", 2000)
+    write_files(tmp_path / "data/train", {f"{i:04d}/x.jpg": noise(0) for i in range(1001)})
+    write_files(tmp_path / "data/val", {"0000/x.jpg": noise(0)})
+    stdout = makeshards(tmp_path, "--maxcount", 2000)
     assert stdout.splitlines()[0] == "1001 classes, but main-wds.py's models have 1000 outputs"
 
 
-def test_folders_of_ones_own(tmp_path):
-    """Any names, nested folders, and every ending that torchvision knows; other files are let alone."""
+def test_any_names(tmp_path):
+    """Any class and file names, nested folders, and each of torchvision's extensions; other files are ignored."""
     names = ["Zebra/a b.jpg", "Zebra/nested/deeper/\u00e4.JPEG", "Zebra/a.b.c.png", "ant/1.PNG", "ant/two\nlines.webp"]
     names += ["\u65e5\u672c v1.2/\u732b.JpEg", "\u65e5\u672c v1.2/z.tiff", "\u65e5\u672c v1.2/.hidden.bmp"]
-    names += ["with space/100% 'it'.jpeg", "with space/x.pgm"]
+    names += ["with space/100% 'it'.jpeg", "with space/x.pgm", "ant/.jpg"]
     if sys.platform == "linux":
-        names += ["ant/latin-\udce9.jpg"]  # a name that is not UTF-8
-    formats = {"jpg": "JPEG", "pgm": "PPM", "tiff": "TIFF", "png": "PNG", "webp": "WEBP", "bmp": "BMP"}
-    for split in ("train", "val"):
-        ends = [formats.get(name.rpartition(".")[2].lower(), "JPEG") for name in names]
-        files = {name: jpeg(f"{split} {i}", end) for i, (name, end) in enumerate(zip(names, ends, strict=True))}
-        others = {"Zebra/.DS_Store": b"x", "ant/notes.txt": b"x", "list.csv": b"x"}
-        lay(tmp_path / "pets" / split, {**files, **others})
-    stdout = make(tmp_path, "--data", tmp_path / "pets")
+        names += ["ant/latin-\udce9.jpg"]  # not UTF-8
+    formats = {"pgm": "PPM", "tiff": "TIFF", "png": "PNG", "webp": "WEBP", "bmp": "BMP"}
+    for k, split in enumerate(("train", "val")):
+        files = {"Zebra/.DS_Store": b"x", "ant/notes.txt": b"x", "list.csv": b"x"}
+        for i, name in enumerate(names):
+            image = Image.new("RGB", (16, 12), (20 * i, 200 * k, 0))
+            files[name] = picture(image, format=formats.get(name.rpartition(".")[2].lower(), "JPEG"))
+        assert len(set(files.values())) == len(names) + 1
+        write_files(tmp_path / "pets" / split, files)
+    stdout = makeshards(tmp_path, "--data", tmp_path / "pets")
     assert f"train: 3 shards, {len(names)} samples written" in stdout
-    assert_torchvisions(tmp_path, "pets")
-    classes = json.loads((tmp_path / "shards/_info.json").read_text())["classes"]
-    assert classes == ["Zebra", "ant", "with space", "\u65e5\u672c v1.2"]  # as Python sorts them, in any locale
-
-
-def test_val_missing_empty_or_flat(plain, tmp_path):
-    """The training split alone is written without it; else an error says what to do, and nothing is written."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/train").symlink_to(plain / "data/train")
-    assert "data/val" in refused(tmp_path)
-    (tmp_path / "data/val").mkdir()
-    message = refused(tmp_path)
-    assert "data/val" in message and "folder" in message
-    lay(tmp_path / "data/val", FLAT)
-    message = refused(tmp_path)
-    assert (
-        message.startswith("makeshards.py: ./data/val: images outside of class folders")
-        and "LOC_val_solution.csv" in message
-    )
-    assert "a folder for each class, as train/ has them" in message
-    shutil.rmtree(tmp_path / "data/val")
-    stdout = make(tmp_path, "--splits", "train")
-    assert stdout.splitlines() == ["train: 4 shards, 15 samples written"]
-    assert_torchvisions(tmp_path, splits=["train"])
-    assert list(json.loads((tmp_path / "shards/_info.json").read_text())["splits"]) == ["train"]
-    ours, theirs = tree(tmp_path / "shards"), tree(plain / "shards")
-    assert all(ours[name] == theirs[name] for name in ours if name.startswith("imagenet-train-"))
+    assert_like_image_folder(tmp_path, "pets")
+    assert read_index(tmp_path)["classes"] == ["Zebra", "ant", "with space", "\u65e5\u672c v1.2"]  # in any locale
