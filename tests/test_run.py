@@ -145,6 +145,15 @@ def test_script_arguments_and_status(project, tmp_path):
         run(project, name, cwd=tmp_path, status=7)
 
 
+def test_arguments_of_test(project):
+    """They go to pytest, which runs this project's tests."""
+    write_program(project / "python", '[ "$1" = - ] || printf "%s\\n" "$@"')  # "-": ./run looks for the packages
+    stdout, _ = run(project, "test", "--all", "-k", "two words", PYTHON="./python")
+    module, pytest_, tests, *args = stdout.splitlines()
+    assert (module, pytest_, tests) == ("-m", "pytest", f"{project}/tests")
+    assert args[-3:] == ["--all", "-k", "two words"]
+
+
 # ---------------------------------------------------------------------------- Python and ./venv
 
 
