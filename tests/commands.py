@@ -5,6 +5,7 @@ scripts once and forks a process for each request; run() and start_run() use it 
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -200,10 +201,12 @@ def run_ranks(ranks, script, *args, cwd, status=0, timeout=300):
                 env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks}
                 env |= {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
             pids.append(server.start(script, args, cwd, folder, env))
-        found = [server.ask(pid=pid, timeout=timeout) for pid in pids]
-        for pid, each in zip(pids, found, strict=True):
-            if each is None:
-                os.killpg(pid, signal.SIGKILL)
+        try:
+            found = [server.ask(pid=pid, timeout=timeout) for pid in pids]
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):  # it has ended, unless there was a timeout
+                    os.killpg(pid, signal.SIGKILL)
         stdout, stderr = (Path(output, "0", name).read_text() for name in ("out", "err"))
     assert found == [status] * len(pids), f"{script} {args}\nstatus {found}\n{stdout}\n{stderr}"
     return stdout, stderr

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from commands import Run, run, spawned_ranks
+from commands import Run, fork_server, run, spawned_ranks
 from make_data import TRAIN, VAL, noise, write_folders, write_shards
 
 
@@ -23,6 +23,21 @@ def pytest_collection_modifyitems(config, items):
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def no_endless_test(request):
+    """A test that does not end fails: after 5 minutes or, if it is slow, after 20."""
+
+    def fail(*_):
+        fork_server.cache_clear()  # it may still be waiting for a run
+        pytest.fail("the test did not end")
+
+    previous = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(1200 if request.node.get_closest_marker("slow") else 300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture(scope="session")
