@@ -125,7 +125,7 @@ def count(number, thing):
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):  # it may not be able to encode all file names
+    for stream in (sys.stdout, sys.stderr):  # their encoding may lack letters of file names
         if stream:  # it may be closed
             stream.reconfigure(errors="backslashreplace")
     status = 2

@@ -1,7 +1,7 @@
 """Runs the project's scripts: as a user types them, or forked from a process that has already imported PyTorch.
 
 Importing PyTorch takes four seconds of a run that otherwise takes one. fork_server() therefore imports the three
-scripts once and forks a process for each request; run() and start_run() use it unless told otherwise.
+scripts once and forks a process for each request; run() and Run use it unless told otherwise.
 """
 
 import atexit
@@ -231,6 +231,14 @@ def summary(stdout):
 
 
 # ---------------------------------------------------------------------------- a command that is watched, or ended
+
+
+def wait_until(condition, output, timeout=60):
+    """Wait for condition() to be true. Fail with output() after the timeout in seconds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, output()
+        time.sleep(0.002)
 
 
 class Run:

@@ -8,7 +8,7 @@ import tarfile
 
 from PIL import Image
 
-TRAIN = [30, 1, 29, 18]  # 78 samples: batches of 4 leave a last one of 2, and for two ranks of 3
+TRAIN = [30, 1, 29, 18]  # 78 samples: with batches of 4, the last one has 2, or 3 on each of two ranks
 VAL = [40, 20]
 
 

@@ -9,12 +9,11 @@ import re
 import shutil
 import signal
 import statistics
-import time
 from pathlib import Path
 
 import bench
 import pytest
-from commands import run
+from commands import run, wait_until
 from make_data import TRAIN, noise, write_folders
 
 IMAGES = sum(TRAIN)  # of the dataset that the tests of the loaders read
@@ -257,10 +256,7 @@ PREPARE = ["--dataset", "wds", "--prepare"]  # as ./run does before training
 
 def interrupt(run, folder, pattern):
     """Ctrl-C, a SIGINT to all processes, once a file matches the pattern. Returns the only line on stderr."""
-    end = time.monotonic() + 120
-    while not list(folder.glob(pattern)):
-        assert time.monotonic() < end and run.alive(), run.output()
-        time.sleep(0.01)
+    wait_until(lambda: list(folder.glob(pattern)), run.output, timeout=120)
     run.kill(signal.SIGINT, group=True)
     _, (line,) = run.finish(status=130, lines=1)
     return line

@@ -9,12 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from commands import RESUME, ROOT, SMALL_RUN, checkpoint, error_of, free_port, load, run, spawned_ranks, summary
+from commands import (
+    RESUME,
+    ROOT,
+    SMALL_RUN,
+    checkpoint,
+    error_of,
+    free_port,
+    load,
+    run,
+    spawned_ranks,
+    summary,
+    wait_until,
+)
 from make_data import noise, write_shards
 
 FAST = ["-a", "shufflenet_v2_x0_5", "-b", 8, "-j", 1, "-p", 1, "--epochs", 1, "--no-accel"]
@@ -27,14 +38,6 @@ def args_of(script, folders, shards):
     if script == "main-orig.py":
         return [*FAST, folders]
     return [*FAST, "--shards", shards, "--image-size", 32]
-
-
-def wait_until(condition, output, timeout=60):
-    """Wait for condition() to be true. Fail with output() after the timeout in seconds."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, output()
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------------------- missing batches

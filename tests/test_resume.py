@@ -17,7 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import EPOCHS, RESUME, SMALL_RUN, STEPS, Run, checkpoint, free_port, load, spawned_ranks, torchrun
+from commands import (
+    EPOCHS,
+    RESUME,
+    SMALL_RUN,
+    STEPS,
+    Run,
+    checkpoint,
+    free_port,
+    load,
+    spawned_ranks,
+    torchrun,
+    wait_until,
+)
 from make_data import TRAIN, VAL, noise, write_shards
 
 NAMES = ("checkpoint.pth.tar", "model_best.pth.tar")
@@ -58,14 +70,6 @@ def samples_of(steps):
     return sorted(itertools.chain(*steps))
 
 
-def wait_until(condition, run, timeout=60):
-    """Wait for condition() to be true. Fail with the run's output after the timeout in seconds."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, run.output()
-        time.sleep(0.001)
-
-
 def stop_position(run, number, alone=False):
     """(epoch, step) of a run that was stopped by a signal. Its message and its checkpoint must agree on it.
 
@@ -98,7 +102,7 @@ def test_kill_while_checkpoints_are_written(start, tmp_path):
     for i in range(1, 101):
         run = start(1000 * i, instrument="save_checkpoints")
         if i % 2:
-            wait_until(lambda: any(tmp_path.glob("*.partial")), run)
+            wait_until(lambda: any(tmp_path.glob("*.partial")), run.output)
         else:
             time.sleep(draw.uniform(0, 0.1))
         os.kill(run.pid, signal.SIGKILL)
@@ -421,7 +425,7 @@ def stop_as_validation_starts(start, args, server, workers, cwd):
     run = start(*args, "--shards", server.url, cwd=cwd, instrument="record").until("^Epoch")
     processes = len(run.alive())  # training's workers stay
     run.until(rf"^Epoch: \[0\]\[{STEPS}/")
-    wait_until(lambda: len(run.alive()) >= processes + workers, run)
+    wait_until(lambda: len(run.alive()) >= processes + workers, run.output)
     run.kill(signal.SIGTERM)
     server.release()
     return stop_position(run, signal.SIGTERM)

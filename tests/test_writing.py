@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from commands import ROOT, error_of, run
+from commands import ROOT, error_of, run, wait_until
 from make_data import picture, read_tar
 from PIL import Image
 
@@ -103,18 +103,10 @@ def begin(start):
 
     def begin(count, *options, total=50):
         writing = start(*options, script=INTERRUPTIBLE, env={"HOLD_AT": total - WORKERS})
-        wait_until(lambda: len(shards(writing.cwd / "shards")) >= count, writing)
+        wait_until(lambda: len(shards(writing.cwd / "shards")) >= count, writing.output)
         return writing
 
     return begin
-
-
-def wait_until(condition, writing, timeout=60):
-    end = time.monotonic() + timeout
-    while not condition():
-        there = shards(writing.cwd / "shards")
-        assert time.monotonic() < end and writing.alive(writing.pid), f"{there}\n{writing.output()}"
-        time.sleep(0.002)
 
 
 def uninterrupted(place, *options):
