@@ -1,7 +1,7 @@
 """Runs the project's scripts: as a user types them, or forked from a process that has already imported PyTorch.
 
-Importing PyTorch takes four seconds of a run that otherwise takes one. fork_server() therefore imports the three
-scripts once and forks a process for each request; run() and Run use it unless told otherwise.
+Importing PyTorch takes four seconds of a run that otherwise takes one. fork_server() therefore imports the scripts once
+and forks a process for each request; run() and Run use it unless told otherwise.
 """
 
 import atexit
@@ -27,6 +27,7 @@ import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("main-orig.py", "main-wds.py", "makeshards.py")
+FORKED = (*SCRIPTS, "tests/sample.py", "tests/bench.py", "tests/print_samples.py")
 WARNINGS = "error,ignore:This DataLoader will create"  # the tests use more workers than there are cores
 SMALL_MODEL = ["-a", "shufflenet_v2_x0_5", "--image-size", 32, "-p", 1, "--lr", 0.01, "--no-accel"]
 STEPS = 20  # of an epoch of SMALL_RUN in one process; two ranks make half as many
@@ -38,7 +39,7 @@ SESSION = "TEST_SESSION"  # an environment variable that marks a run's processes
 
 def load(script):
     """A script as a module, for its public functions."""
-    name = script.replace("-", "_").removesuffix(".py")
+    name = Path(script).stem.replace("-", "_")
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / script)
         sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -73,7 +74,7 @@ def serve():
     """Answer requests on stdin, a line of JSON each: fork a process and print its pid, or wait and print its status."""
     importlib.import_module("instruments")
     mp.set_start_method("fork")  # Python 3.14's forkserver would import the scripts by name
-    for script in SCRIPTS:
+    for script in FORKED:
         load(script)
     if importlib.util.find_spec("torchcodec"):
         importlib.import_module("torchcodec.decoders")
@@ -173,7 +174,7 @@ def fork_server():
 
 def run(script, *args, cwd, status=0, env=None, timeout=300, typed=False):
     """(stdout, stderr) of a script that must exit with that status. With env or typed, Python starts it anew."""
-    if script in SCRIPTS and not env and not typed:
+    if script in FORKED and not env and not typed:
         return run_ranks(None, script, *args, cwd=cwd, status=status, timeout=timeout)
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     return run_command(command, cwd=cwd, status=status, env={"PYTHONWARNINGS": "error", **(env or {})}, timeout=timeout)

@@ -33,7 +33,7 @@ class FaultServer(ThreadingHTTPServer):
         self.requests = collections.Counter()  # for each path
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def __exit__(self, *_):
         self.shutdown()

@@ -24,9 +24,10 @@ import threading
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from commands import free_port, load, run
+from commands import WARNINGS, free_port, load, run
 
 NUMBER, DRAW, PID = range(3)
+main_wds = load("main-wds.py")
 
 
 # ---------------------------------------------------------------------------- for the tests
@@ -36,7 +37,8 @@ def load_samples(cases, *args, cwd, ranks=1, constants=None):
     """(the JSON that this script prints, stderr) for these cases, with batches of 5 per rank."""
     options = ["--ranks", ranks, "--cases", json.dumps(cases), "--constants", json.dumps(constants or {})]
     options += ["--dist-url", f"tcp://127.0.0.1:{free_port()}", "-b", 5 * ranks, "--seed", 1]
-    env = {"PYTHONWARNINGS": "error,ignore:This DataLoader will create"}  # more workers than there are cores
+    spawned = any("start_method" in case for case in cases)  # workers that are not forked import the script anew
+    env = {"PYTHONWARNINGS": WARNINGS} if spawned else None
     stdout, stderr = run("tests/print_samples.py", *options, *args, cwd=cwd, env=env)
     assert "Traceback" not in stderr and "Exception ignored" not in stderr, stderr
     return json.loads(stdout), stderr
@@ -122,13 +124,14 @@ def run_case(args):
     return result
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the latter in the processes that this script starts
-    main_wds = load("main-wds.py")
+def replace_parts():
+    """Replace what decodes, transforms and prints."""
     main_wds.DECODERS["tensor"] = number_draw_pid
     main_wds.make_transform = no_transform
     main_wds.say = print_nothing
 
-if __name__ == "__main__":
+
+def main():
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--cases", type=json.loads, default=[{}])
@@ -139,7 +142,14 @@ if __name__ == "__main__":
     args.constants = own.constants
     args.world_size = own.ranks
     args.start_method = mp.get_start_method()
+    replace_parts()
     if own.ranks == 1:
         run_rank(0, args)
     else:
         mp.spawn(run_rank, (args,), nprocs=own.ranks)
+
+
+if __name__ == "__main__":
+    main()
+elif __name__ == "__mp_main__":  # a process that this script has started, but not forked
+    replace_parts()

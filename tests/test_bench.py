@@ -264,7 +264,7 @@ def interrupt(run, folder, pattern):
 
 @pytest.mark.parametrize("script, options", [("sample.py", ["--train", 2000]), ("bench.py", PREPARE)])
 def test_ctrl_c_while_the_sample_is_written(script, options, start, tmp_path):
-    run = start(*options, script=f"tests/{script}", typed=True)
+    run = start(*options, script=f"tests/{script}")
     assert interrupt(run, tmp_path, ".sample-*/train/*/*.JPEG") == "sample: stopped"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "err"}
 
@@ -274,6 +274,6 @@ def test_ctrl_c_while_the_shards_are_written(start, folders, tmp_path):
     (tmp_path / "data").symlink_to(folders)
     (tmp_path / "shards").mkdir()
     os.mkfifo(tmp_path / "shards/imagenet-train-000000.tar.tmp")
-    run = start(*PREPARE, script="tests/bench.py", typed=True)
+    run = start(*PREPARE, script="tests/bench.py")
     assert interrupt(run, tmp_path / "shards", ".train.json").startswith("makeshards.py: ")
     assert list((tmp_path / "shards").iterdir()) == []

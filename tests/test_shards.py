@@ -22,6 +22,7 @@ DataError = main_wds.DataError
 TRAIN = [13, 1, 0, 17, 16]  # 47 samples, a prime; and fewer shards than 3 ranks x 3 workers
 VAL = [4, 0, 7]
 TRAIN_NAMES = [f"imagenet-train-{i:06}.tar" for i in range(len(TRAIN))]
+ERRORS = []  # kept until the end: an error holds its loader, whose workers PyTorch would wait for, 5 s each
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 SMALL = ["-a", "shufflenet_v2_x0_5", "-b", 4, "--image-size", 32, "--epochs", 1, "--no-accel"]
 
@@ -188,8 +189,9 @@ def test_length_of_each_shard_is_checked(workers, train, tmp_path):
         wrong = list(lengths)
         wrong[shard] += change
         loader = main_wds.shard_loader(urls, wrong, as_uint8, 4, workers, train=train)
-        with pytest.raises(DataError, match=f"{urls[shard]}: {lengths[shard]} samples, but {wrong[shard]} "):
+        with pytest.raises(DataError, match=f"{urls[shard]}: {lengths[shard]} samples, but {wrong[shard]} ") as error:
             list(loader)
+        ERRORS.append(error)
 
 
 # ---------------------------------------------------------------------------- reading
