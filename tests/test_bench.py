@@ -262,13 +262,16 @@ def interrupt(run, folder, pattern):
     return line
 
 
-@pytest.mark.parametrize("script, options", [("sample.py", ["--train", 2000]), ("bench.py", PREPARE)])
+@pytest.mark.parametrize(
+    "script, options", [("sample.py", ["--train", 2000]), pytest.param("bench.py", PREPARE, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_while_the_sample_is_written(script, options, start, tmp_path):
     run = start(*options, script=f"tests/{script}")
     assert interrupt(run, tmp_path, ".sample-*/train/*/*.JPEG") == "sample: stopped"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "err"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_shards_are_written(start, folders, tmp_path):
     """A FIFO without a reader in place of the shard's temporary file stops the worker that opens it."""
     (tmp_path / "data").symlink_to(folders)

@@ -106,8 +106,17 @@ def test_wrong_index(change, expected, copy):
     assert expected in error_of("main-wds.py", *FAST, "--image-size", 32, cwd=copy)
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut off", "missing"])
-@pytest.mark.parametrize("decode", ["pil", "tensor"])
+@pytest.mark.parametrize(
+    "kind, decode",
+    [
+        ("empty", "tensor"),
+        ("cut off", "tensor"),
+        ("missing", "pil"),
+        pytest.param("empty", "pil", marks=pytest.mark.slow),
+        pytest.param("cut off", "pil", marks=pytest.mark.slow),
+        pytest.param("missing", "tensor", marks=pytest.mark.slow),
+    ],
+)
 def test_unreadable_image(kind, decode, copy):
     """In a folder the error names the path; in shards, the shard and the key."""
     image = sorted(copy.glob("data/val/*/*"))[7]

@@ -294,7 +294,9 @@ def folder(small, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("message", MISTAKES)
+@pytest.mark.parametrize(
+    "message", [pytest.param(text, marks=pytest.mark.slow) if MISTAKES[text] is warning else text for text in MISTAKES]
+)
 def test_message_appears(message, folder):
     assert re.search(re.escape(message).replace("…", ".+"), MISTAKES[message](folder))
 

@@ -168,7 +168,7 @@ def test_malicious_pickle_is_refused(script, start, folders, shards, tmp_path):
 @pytest.mark.parametrize(
     "script, dataset, ranks",
     [
-        ("main-orig.py", None, 1),
+        pytest.param("main-orig.py", None, 1, marks=pytest.mark.slow),
         pytest.param("main-wds.py", "orig", 2, marks=pytest.mark.slow),
         pytest.param("main-wds.py", "wds", 1, marks=pytest.mark.slow),
         ("main-wds.py", "wds", 2),
@@ -534,7 +534,7 @@ def test_folders_restart_the_epoch(script, start, folders, stopped_run, tmp_path
     assert checkpoint(tmp_path)["epoch"] == epoch + 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stop_from_folders_keeps_the_last_whole_epoch(ranks, start, folders, tmp_path):
     args = ["--dataset", "orig", "--data", folders, *SMALL_RUN, "-b", 4 * ranks, "-j", 2 * ranks]
     run = start(*args, "--epochs", 90, *launcher(ranks), cwd=tmp_path / "stopped")

@@ -41,7 +41,7 @@ def test_output(script, small, tmp_path):
     assert re.fullmatch(r" \* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3}", last)
 
 
-@each_script
+@pytest.mark.parametrize("script", [pytest.param("main-orig.py", marks=pytest.mark.slow), "main-wds.py"])
 def test_same_seed_same_losses(script, small, tmp_path):
     found = []
     for seed in (3, 3, 4):

@@ -107,12 +107,9 @@ def check_faults(folder, expected, *args):
 
 
 def check_damage(folder, of_shards, of_images=()):
-    """--verify reports these faults: of_images only if data/ is there, and all with or without digests in the index."""
-    other_bytes = ["imagenet-val-000001.tar: changed since it was written"]  # only if nothing else is wrong
-    check_faults(folder, of_shards or other_bytes, "--data", "none")
-    check_faults(folder, [*of_shards, *of_images])
+    """--verify reports these faults: of_images only if data/ is there. Of other bytes alone, only digests tell."""
+    check_faults(folder, of_shards or ["imagenet-val-000001.tar: changed since it was written"], "--data", "none")
     edit_index(folder, lambda _, entry: entry.update(shard_sha256=[None] * 3))
-    check_faults(folder, of_shards, "--data", "none", "--splits", "val")
     check_faults(folder, [*of_shards, *of_images])
 
 
