@@ -655,6 +655,7 @@ def measure(args, rest, wanted):
     sample = nothing or os.path.exists(f"data/{MARK}")
     results = []
     normalize = None
+    loading_args(Row("", "dummy", "tensor", ["--dummy"]), rest, 1)  # refuses unknown options before making anything
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as scratch:  # on the disk that is measured
         folders = prepare_quick(wanted, scratch) if args.quick and sample else prepare(wanted)
         count_images(folders)
@@ -689,7 +690,7 @@ def main():
         explain(result, normalize, about["gpu"] or "CPU")
     say(f"\n{footer}\ncommand: {command}")
     about = {"command": command, "machine": about, "cold": args.cold, "repeats": args.repeats}
-    about |= {"normalising_us_per_image": normalize, "runs": [run for result in results for run in result.runs]}
+    about |= {"normalizing_us_per_image": normalize, "runs": [run for result in results for run in result.runs]}
     with open(os.path.join(args.out, "bench.json"), "w") as file:
         json.dump(about, file, indent=1)
     say(f"records: {os.path.join(args.out, 'bench.json')}")

@@ -106,7 +106,7 @@ def test_printed_figures_match_the_records(report):
         assert f": {row} loads {spread(found, 'loading', row, base)} times as fast as {base}.\n" in stdout
     for ceiling in ("ceiling tensor", "ceiling v2"):
         assert f"{spread(found, 'loading', 'wds/tensor', ceiling)} of " in stdout
-    assert f"\n{found['normalising_us_per_image']:.0f} microseconds per image" in stdout
+    assert f"\n{found['normalizing_us_per_image']:.0f} microseconds per image" in stdout
     about = found["machine"]
     assert about["decoder"] == bench.script().jpeg_decoder()[0]
     for text in (about["cpu"], about["versions"]["torch"], about["decoder"], "n = 2", found["command"]):
@@ -160,9 +160,10 @@ BAD_OPTIONS = ["--repeats 0", "--quick --only training", "--out nosuch", "--resi
 
 
 @pytest.mark.parametrize("options", [*BAD_OPTIONS, "--only loading --nonsense"])
-def test_bad_options(options, small):
-    """The last one is named."""
-    assert re.findall(r"--\w+", options)[-1] in error_of(small, *options.split())
+def test_bad_options(options, tmp_path):
+    """The last one is named, and no sample is made."""
+    assert re.findall(r"--\w+", options)[-1] in error_of(tmp_path, *options.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

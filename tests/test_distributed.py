@@ -6,7 +6,7 @@ import pytest
 import torch
 from commands import SMALL_MODEL, checkpoint, free_port, run, run_ranks, spawned_ranks, summary, torchrun
 
-FAST = ["-a", "shufflenet_v2_x0_5", "-j", 2, "-b", 16, "--lr", 0.01, "--epochs", 1, "--seed", 1]
+FAST = ["-a", "shufflenet_v2_x0_5", "-j", 2, "-b", 16, "--lr", 0.01, "--epochs", 1, "--seed", 1, "--no-accel"]
 
 
 def result(stdout, steps):
