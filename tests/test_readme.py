@@ -57,13 +57,17 @@ PREPARED = {  # what a command needs, as shell commands
 }
 
 
+def trains(command):
+    return re.search("main-|multi|single", command) and "--help" not in command
+
+
 def adapted(command):
     """The command for a smaller dataset and model. argparse takes the last of two equal options."""
     command = re.sub(r"\{(0+)\.\.\d+\}", lambda match: f"{{{match[1]}..{match[1][:-1]}2}}", command)
     command = command.replace("--resize N --quality Q", "--resize 64 --quality 90").replace(
         "--shards DIR", "--shards ."
     )
-    if "main-" in command or "./run multi" in command:
+    if trains(command):
         command += f" {FAST}" + (" --image-size 32" if "orig.py" not in command else "")
     return command
 
@@ -87,7 +91,7 @@ def test_commands(tmp_path):
         text = re.sub("^python ", f"{sys.executable} ", text)
         before = next((words for start, words in PREPARED.items() if command.startswith(start)), "true")
         stdout, _ = run_command(["bash", "-euc", f"{before}\n{text}"], cwd=project, env=env)
-        if ("main-" in command or "multi" in command) and "--help" not in command:
+        if trains(command):
             is_done = "--resume" in command and "--evaluate" not in command  # an epoch before, and no more now
             assert len(summary(stdout)) == (0 if is_done else 1), f"{text}\n{stdout}"
         done.append(command)
