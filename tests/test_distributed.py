@@ -26,7 +26,6 @@ def last_loss(stdout):
     "dataset, launcher",
     [
         pytest.param("main-orig.py", "spawn", marks=pytest.mark.slow),
-        pytest.param("main-orig.py", "torchrun", marks=pytest.mark.slow),
         pytest.param("orig", "spawn", marks=pytest.mark.slow),
         ("wds", "spawn"),
         pytest.param("wds", "torchrun", marks=pytest.mark.slow),

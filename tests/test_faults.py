@@ -643,7 +643,7 @@ def test_random_damage(source, time_limit, monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------------------- many epochs
 
-EPOCHS = 20
+EPOCHS = 16
 IMAGE_SIZE = 128
 BATCH_KIB = 8 * 3 * IMAGE_SIZE * IMAGE_SIZE // 1024  # per rank
 
@@ -656,7 +656,7 @@ def footprint(pid):
 
 @pytest.mark.slow
 def test_processes_do_not_grow(small, start):
-    """Two ranks with two workers per split, over 20 epochs: neither memory nor open files grow after the fourth.
+    """Two ranks with two workers per split, over 16 epochs: neither memory nor open files grow after the fourth.
 
     Growth is the median difference over six epochs, so that single peaks do not matter. A process that kept a batch or
     a file per epoch would grow by six. malloc returns freed memory at once, by its settings in the environment.
