@@ -69,11 +69,11 @@ def write_shards(folder, image=b"%d", **splits):
 
 
 def write_folders(folder, train, val, classes=("a", "b")):
-    """data/train and data/val as ImageFolder reads them, with that many images of noise per class."""
+    """train/ and val/ as ImageFolder reads them, with that many images of noise per class; their names are unique."""
     numbers = itertools.count()
     for split, size in (("train", train), ("val", val)):
         for name in classes:
             (folder / split / name).mkdir(parents=True)
             for i in range(size):
-                (folder / split / name / f"{i}.jpg").write_bytes(noise(next(numbers)))
+                (folder / split / name / f"{name}_{i}.jpg").write_bytes(noise(next(numbers)))
     return folder

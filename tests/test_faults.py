@@ -10,7 +10,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import socket
 import statistics
 import struct
@@ -24,7 +23,6 @@ from commands import checkpoint, lines_of, load, run, spawned_ranks
 from fault_server import FaultServer
 from make_data import picture, samples, tar, write_shards
 from print_samples import assert_complete, column, load_samples, order_and_draws
-from read_isolated import time_is_up
 
 main_wds = load("main-wds.py")
 DataError = main_wds.DataError
@@ -41,15 +39,6 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with FaultServer(tmp_path) as server:
         yield server
-
-
-@pytest.fixture
-def time_limit():
-    """A function that ends the test after that many seconds, counted anew by each call."""
-    handler = signal.signal(signal.SIGALRM, time_is_up)
-    yield signal.alarm
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, handler)
 
 
 def retries(stderr):
@@ -210,7 +199,7 @@ def test_shard_that_disappears(ranks, small, server, tmp_path):
 
 
 @pytest.fixture
-def read(server, monkeypatch, capfd, time_limit):
+def read(server, monkeypatch, capfd):
     """A function that reads a shard of 8 samples: (keys or error, number of requests, announced pauses)."""
     content = tar(samples(range(8), b"%d" * 40_000))
     (server.folder / "a.tar").write_bytes(content)
@@ -219,7 +208,6 @@ def read(server, monkeypatch, capfd, time_limit):
     def read(faults, first=0, last=8):
         server.requests.clear()
         server.faults["/a.tar"] = faults
-        time_limit(60)
         try:
             found = [sample["__key__"] for sample in main_wds.read_shard(f"{server.url}/a.tar", 8, first, last)]
         except DataError as error:
@@ -273,9 +261,8 @@ INDEX_FAULTS |= {("unsized", 70): "not an index", ("short", 70): "not an index"}
 
 
 @pytest.mark.parametrize("fault", INDEX_FAULTS)
-def test_index_that_cannot_be_read(fault, server, monkeypatch, capfd, time_limit):
+def test_index_that_cannot_be_read(fault, server, monkeypatch, capfd):
     """It is not retried; one line names its URL and the reason."""
-    time_limit(60)
     write_shards(server.folder, train=[13, 1])
     assert main_wds.list_shards(server.url, "train")[1] == [13, 1]
     if fault == ("stall", 5):
@@ -619,7 +606,7 @@ def check_damaged(url, length):
 
 @pytest.mark.parametrize("source", ["file", "stream"])
 @pytest.mark.slow
-def test_random_damage(source, time_limit, monkeypatch, tmp_path):
+def test_random_damage(source, monkeypatch, tmp_path):
     """Each of 3000 tars is read or refused, without another error or a hang."""
     draw = random.Random(0)
     url = str(tmp_path / "a.tar")
@@ -634,7 +621,6 @@ def test_random_damage(source, time_limit, monkeypatch, tmp_path):
         data = damage(draw, pieces)
         if source == "file":
             (tmp_path / "a.tar").write_bytes(data)
-        time_limit(60)
         try:
             check_damaged(url, len(good))
         except BaseException as error:

@@ -2,7 +2,6 @@
 
 import filecmp
 import io
-import itertools
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from commands import ROOT, error_of, load, run, run_command
-from make_data import noise, picture, read_tar
+from make_data import noise, picture, read_tar, write_folders
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -35,20 +34,10 @@ def same_files(one, other):
     return names == sorted(os.listdir(other)) and filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
 
 
-def write_images(folder, classes, count=3):
-    """`count` images of noise per class in train/ and in val/; their names are unique within the split."""
-    numbers = itertools.count()
-    for split in ("train", "val"):
-        for name in classes:
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                (folder / split / name / f"{name}_{i}.jpg").write_bytes(noise(next(numbers)))
-
-
 @pytest.fixture
 def pets(tmp_path):
     """data/ with two classes of three images per split, and an empty shards/."""
-    write_images(tmp_path / "data", ["cat", "dog"])
+    write_folders(tmp_path / "data", 3, 3, ["cat", "dog"])
     (tmp_path / "shards").mkdir()
     return tmp_path
 
@@ -249,8 +238,8 @@ def test_existing_shards_are_kept(pets):
     (pets / "resized").mkdir()
     run("makeshards.py", "--shards", "resized", "--resize", 20, cwd=pets)
     before = {name: content(pets / name) for name in ("shards", "resized")}
-    write_images(pets / "birds", ["owl", "tit"])
-    write_images(pets / "more", ["cat", "dog"], count=4)
+    write_folders(pets / "birds", 3, 3, ["owl", "tit"])
+    write_folders(pets / "more", 4, 4, ["cat", "dog"])
     resized = ["--shards", "resized"]
     for options, difference in (
         (["--maxcount", 2], "maxcount: 1000 then, 2 now"),

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from commands import error_of, load, run
-from make_data import noise, read_tar, tar
+from make_data import noise, read_tar, tar, write_folders
 from test_shards import found_by
 
 OTHER = ["--resize", 20, "--filekey", "--seed", 5, "--maxcount", 5]
@@ -31,9 +31,7 @@ VAL = [f"imagenet-val-{i:06d}.tar" for i in range(3)]  # of samples 0 1 2, 3 4 5
 def made(tmp_path_factory):
     """data/ with two classes of four images per split, their shards in shards/, and others, of OTHER, in other/."""
     folder = tmp_path_factory.mktemp("made")
-    for i, (split, name, n) in enumerate(itertools.product(("train", "val"), ("cat", "dog"), range(4))):
-        (folder / "data" / split / name).mkdir(parents=True, exist_ok=True)
-        (folder / "data" / split / name / f"{name}_{n}.jpg").write_bytes(noise(i))
+    write_folders(folder / "data", 4, 4, ["cat", "dog"])
     for shards in ("shards", "other"):
         (folder / shards).mkdir()
     run("makeshards.py", "--shards", "shards", "--maxcount", 3, cwd=folder)
