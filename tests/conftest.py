@@ -1,11 +1,13 @@
 """Fixtures: small datasets, made once, and runs that end with the test."""
 
+import contextlib
 import functools
 import os
 import signal
 
 import pytest
 from commands import Run, fork_server, run, spawned_ranks
+from fault_server import FaultServer
 from make_data import TRAIN, VAL, noise, write_folders, write_shards
 
 
@@ -73,6 +75,14 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of tmp_path; a test may change its folder."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with FaultServer(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
 def start(tmp_path):
     """A function that starts main-wds.py, or another script, in the test's folder; a failed test's runs are killed."""
     runs = []
@@ -83,7 +93,8 @@ def start(tmp_path):
 
     yield start
     for pid in {pid for each in runs for pid in each.alive()}:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import functools
 import itertools
 import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -17,19 +16,21 @@ from commands import load
 def record():
     """Write each batch that a rank trains with as a line of `seenRANK`, and a byte to `decoded` per training sample.
 
-    Steps are slowed down, also in validation, so that a signal sent at a step arrives within the next one.
+    After HOLD_AT training steps, an environment variable, the run waits for a signal or for a file named `go`.
     """
     main_wds = load("main-wds.py")
     batches = main_wds.DeviceLoader.__iter__
     shard_loader = main_wds.shard_loader
+    steps = itertools.count(1)
     decoded = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def recorded(self):
         with open(f"seen{self.args.rank}" if self.order else os.devnull, "a", buffering=1) as file:
             for images, target in batches(self):
                 print(*target.tolist(), file=file)
-                time.sleep(0.04)
                 yield images, target
+                if self.order and next(steps) == int(os.environ.get("HOLD_AT", 0)):
+                    wait_for_signal(self.run)
 
     def counted(transform, data):
         os.write(decoded, b".")
@@ -43,6 +44,11 @@ def record():
     main_wds.shard_loader = counting_loader
 
 
+def wait_for_signal(run):
+    while not (run.signal or os.path.exists("go")):
+        time.sleep(0.01)
+
+
 def record_beside_a_child():
     """record(), in a process that has a child which is not one of the loader's."""
     mp.get_context("fork").Process(target=outlive).start()
@@ -50,8 +56,7 @@ def record_beside_a_child():
 
 
 def outlive():
-    """Ignore SIGTERM, and create the file `survived` two seconds after the run's checkpoint."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Create the file `survived` two seconds after the run's checkpoint."""
     while not os.path.exists("checkpoint.pth.tar"):
         time.sleep(0.05)
     time.sleep(2)

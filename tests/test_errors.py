@@ -23,14 +23,6 @@ def copy(small, tmp_path):
     return tmp_path
 
 
-def edit_index(folder, change):
-    """Apply change(index) to the index in shards/."""
-    path = folder / "shards/_info.json"
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
-
-
 @pytest.mark.parametrize(
     "script, args, expected",
     [
@@ -63,11 +55,6 @@ def test_more_classes_than_outputs(script, tmp_path):
     assert "1001 class folders, but the model has 1000 outputs" in error_of(script, *FAST, *args, cwd=tmp_path)
 
 
-def test_more_classes_than_outputs_in_shards(copy):
-    edit_index(copy, lambda index: index.update(classes=[f"n{i:08}" for i in range(1001)]))
-    assert "1001 classes, but the model has 1000 outputs" in error_of("main-wds.py", *FAST, cwd=copy)
-
-
 def test_folders(copy):
     """Class folders that differ, a split without any, and no folder at all."""
     args = ["main-orig.py", *FAST, "data"]
@@ -92,18 +79,12 @@ def test_shards(copy):
     assert "makeshards.py" in error_of(*args, cwd=copy)
 
 
-def contradict(index):
-    index["splits"]["train"]["num_samples"] += 1
-
-
-def move_a_sample(index):
+def test_wrong_index(copy):
+    path = copy / "shards/_info.json"
+    index = json.loads(path.read_text())
     index["splits"]["train"]["shard_lengths"] = [29, 31, 20]  # they have 30, 30 and 20 samples
-
-
-@pytest.mark.parametrize("change, expected", [(contradict, "_info.json"), (move_a_sample, "in its index")])
-def test_wrong_index(change, expected, copy):
-    edit_index(copy, change)
-    assert expected in error_of("main-wds.py", *FAST, "--image-size", 32, cwd=copy)
+    path.write_text(json.dumps(index))
+    assert "in its index" in error_of("main-wds.py", *FAST, "--image-size", 32, cwd=copy)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import bz2
 import functools
 import gzip
 import hashlib
-import http.server
 import itertools
 import json
 import lzma
@@ -13,7 +12,6 @@ import re
 import shutil
 import sys
 import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -619,32 +617,12 @@ def test_wrong_patterns(theirs):
     assert "not an index" in error_without_changes("--index", "theirs/*.tar", cwd=theirs.parent)
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves files. Those below cut/ end before their Content-Length, as when a connection breaks."""
-
-    def translate_path(self, path):
-        return super().translate_path(path.removeprefix("/cut"))
-
-    def send_header(self, name, value):
-        if name == "Content-Length" and self.path.startswith("/cut"):
-            value = str(int(value) + 10240)
-        super().send_header(name, value)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def served(theirs, monkeypatch):
-    """The URL at which a server on this machine serves `theirs`."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    handler = functools.partial(Handler, directory=str(theirs))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+def served(theirs, server):
+    """The URL at which a server on this machine serves `theirs`; connections for cut/train-00.tar break at its end."""
+    server.folder = theirs
+    server.faults = {"/cut/train-00.tar": [("long", 10240)] * 9}
+    return server.url
 
 
 def test_index_of_remote_shards(served, theirs, listed):

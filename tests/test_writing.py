@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -99,10 +98,10 @@ def place(many, tmp_path):
 
 @pytest.fixture
 def begin(start):
-    """A function that starts a run of `total` shards, which cannot finish, and returns once `count` are in place."""
+    """A function that starts a run which stops for a signal once `count` shards are in place, and waits until then."""
 
-    def begin(count, *options, total=50):
-        writing = start(*options, script=INTERRUPTIBLE, env={"HOLD_AT": total - WORKERS})
+    def begin(count, *options):
+        writing = start(*options, script=INTERRUPTIBLE, env={"HOLD_AT": count})
         wait_until(lambda: len(shards(writing.cwd / "shards")) >= count, writing.output)
         return writing
 
@@ -164,13 +163,12 @@ def test_bytes_do_not_depend_on_workers(resize, place):
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments(begin, place):
+def test_kill_9_after_some_shards(begin, place):
     options = ("--maxcount", 2, "--resize", 24, "--workers", WORKERS)  # 150 shards
     wanted = uninterrupted(place, *options)
     draw = random.Random(7)
     for count in sorted(draw.sample(range(140), 10)):
-        writing = begin(count, *options, total=150)
-        time.sleep(draw.uniform(0, 0.02))
+        writing = begin(count, *options)
         writing.kill(signal.SIGKILL).finish(-signal.SIGKILL, lines=None)
         check_interrupted(place / "shards", wanted)
     stdout, _ = run("makeshards.py", *options, cwd=place)
