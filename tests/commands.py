@@ -33,6 +33,7 @@ SMALL_MODEL = ["-a", "shufflenet_v2_x0_5", "--image-size", 32, "-p", 1, "--lr", 
 STEPS = 20  # of an epoch of SMALL_RUN in one process; two ranks make half as many
 EPOCHS = 3
 SMALL_RUN = [*SMALL_MODEL, "-b", 4, "-j", 2, "--epochs", EPOCHS, "--seed", 1]
+SHORT_RUN = ["-a", "shufflenet_v2_x0_5", "-b", 8, "-j", 1, "-p", 1, "--epochs", 1, "--no-accel"]
 RESUME = ["--resume", "checkpoint.pth.tar"]
 SESSION = "TEST_SESSION"  # an environment variable that marks a run's processes: torchrun's have sessions of their own
 
@@ -45,6 +46,16 @@ def load(script):
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def data_of(script, folders, shards):
+    """The arguments with which a training script reads the folders or the shards."""
+    return [folders] if script == "main-orig.py" else ["--shards", shards, "--image-size", 32]
+
+
+def args_of(script, folders, shards):
+    """The arguments with which a script trains an epoch, of four steps or of ten."""
+    return [*SHORT_RUN, *data_of(script, folders, shards)]
 
 
 def free_port():

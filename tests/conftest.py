@@ -82,6 +82,12 @@ def server(tmp_path, monkeypatch):
         yield server
 
 
+@pytest.fixture(params=["main-orig.py", "main-wds.py"])
+def script(request):
+    """Each of the training scripts."""
+    return request.param
+
+
 @pytest.fixture
 def start(tmp_path):
     """A function that starts main-wds.py, or another script, in the test's folder; a failed test's runs are killed."""

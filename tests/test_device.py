@@ -5,12 +5,11 @@ import signal
 
 import pytest
 import torch
-from commands import load
+from commands import args_of, load, summary
 from torch.profiler import ProfilerActivity, profile
 
 main_wds = load("main-wds.py")
 BATCHES = 5
-each_script = pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
 
 
 @pytest.fixture
@@ -45,7 +44,6 @@ def test_device_loader_normalizes_uint8_images(memory_format, args, run):
         assert target.tolist() == [i, i]
 
 
-@each_script
 def test_pick_device(script, args, monkeypatch):
     """On a machine with two GPUs, one with Apple's GPU, and one without."""
     module = load(script)
@@ -67,6 +65,9 @@ def test_pick_device(script, args, monkeypatch):
     assert pick(0, "mps", count=1, distributed=True) == "cpu"
     with pytest.raises(module.DataError, match="--gpu 2: this machine has 2 GPUs"):
         pick(0, gpu=2)
+    with pytest.raises(module.DataError, match="4 processes on this node, but it has 2 GPUs"):
+        pick(1, ngpus_per_node=4, distributed=True)
+    assert pick(1, ngpus_per_node=4, distributed=True, count=1) == "cuda:0"
 
 
 def count_reads(module, steps, args):
@@ -79,9 +80,15 @@ def count_reads(module, steps, args):
     return sum(event.count for event in profiler.key_averages() if event.key == "aten::item")
 
 
-@each_script
 def test_only_printed_steps_wait_for_the_device(script, args, capsys):
     """Of these steps only the first is printed."""
     module = load(script)
     assert count_reads(module, BATCHES, args) == count_reads(module, 1, args) > 0
     assert capsys.readouterr().out.count("Epoch: [0]") == 2
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
+def test_gpu_option_without_a_gpu(script, start, folders, shards):
+    args = [arg for arg in args_of(script, folders, shards) if arg != "--no-accel"]
+    out, _ = start(*args, "--gpu", 3, script=script).finish()
+    assert "=> --gpu 3 is ignored" in out and len(summary(out)) == 1

@@ -4,7 +4,20 @@ import re
 
 import pytest
 import torch
-from commands import SMALL_MODEL, checkpoint, free_port, run, run_ranks, spawned_ranks, summary, torchrun
+from commands import (
+    SMALL_MODEL,
+    SMALL_RUN,
+    args_of,
+    checkpoint,
+    error_of,
+    free_port,
+    run,
+    run_ranks,
+    spawned_ranks,
+    summary,
+    torchrun,
+)
+from make_data import noise, write_shards
 
 FAST = ["-a", "shufflenet_v2_x0_5", "-j", 2, "-b", 16, "--lr", 0.01, "--epochs", 1, "--seed", 1, "--no-accel"]
 
@@ -124,3 +137,80 @@ def test_shards_give_as_many_steps_as_folders(small, tmp_path):
         stdout, _ = run_ranks(3, "main-wds.py", *args, "--dataset", dataset, cwd=tmp_path)
         assert re.findall(r"Epoch: \[0\]\[(\d/\d)\]", stdout) == ["1/4", "2/4", "3/4", "4/4"]
         assert len(summary(stdout)) == 1
+
+
+# ---------------------------------------------------------------------------- launchers and nodes
+
+
+def test_dist_backend_that_is_not_available(script, folders, shards, tmp_path):
+    args = [*args_of(script, folders, shards), *spawned_ranks(), "--dist-backend", "xccl"]
+    assert "--dist-backend xccl: the ranks can't meet: " in error_of(script, *args, cwd=tmp_path)
+
+
+def test_env_without_local_rank(script, start, folders, shards, tmp_path):
+    """PyTorchJob and a plain srun set RANK and WORLD_SIZE only: --dist-url env:// uses them."""
+    args = [*args_of(script, folders, shards), "--dist-url", "env://"]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
+    cwds = [tmp_path / "0", tmp_path / "1"]
+    runs = [start(*args, script=script, cwd=cwds[rank], env={**env, "RANK": rank}) for rank in (0, 1)]
+    out, _ = runs[0].finish()
+    assert runs[1].finish()[0] == ""
+    steps = 2 if script == "main-orig.py" else 5  # 16 and 39 samples per rank
+    assert f"/{steps}]" in out and len(summary(out)) == 1
+    assert (cwds[0] / "checkpoint.pth.tar").exists() and not (cwds[1] / "checkpoint.pth.tar").exists()
+    _, (line,) = start(*args, script=script, env={**env, "RANK": 2}).finish(status=2, lines=1)
+    assert line.startswith(f"{script}: RANK 2, WORLD_SIZE 2: ")
+    _, (line,) = start(*args, script=script).finish(status=2, lines=1)
+    assert line.startswith(f"{script}: --dist-url env://: RANK is not set")
+
+
+def errors_of_nodes(start, script, tmp_path, *args_of_nodes):
+    """The error of each node, with one process per node as torchrun would start it."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": len(args_of_nodes)}
+    env |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    runs = []
+    for rank, args in enumerate(args_of_nodes):
+        runs.append(start(*args, script=script, cwd=tmp_path / str(rank), env={**env, "RANK": rank}))
+    errors = []
+    for node in runs:
+        _, (line,) = node.finish(status=2, lines=1)
+        assert line.endswith("; it must be the same")
+        errors.append(line.removeprefix(f"{script}: "))
+    return errors
+
+
+@pytest.mark.parametrize(
+    "script, option, value, expected",
+    [
+        ("main-orig.py", "-b", 4, "--batch-size is 8 on rank 0 but 4 on rank 1"),
+        ("main-wds.py", "--lr", 1, "--lr is 0.1 on rank 0 but 1.0 on rank 1"),
+    ],
+)
+def test_nodes_with_different_options(script, option, value, expected, start, folders, shards, tmp_path):
+    """Without the check, the ranks might wait for each other forever."""
+    args = args_of(script, folders, shards)
+    found = errors_of_nodes(start, script, tmp_path, args, [*args, option, value])
+    assert [line.partition(";")[0] for line in found] == [expected] * 2
+
+
+def test_nodes_with_different_shards(start, shards, tmp_path):
+    other = write_shards(tmp_path / "other", noise, train=[90], validation=[60])
+    args_of_nodes = [[*SMALL_RUN, "--shards", folder] for folder in (shards, other)]
+    for line in errors_of_nodes(start, "main-wds.py", tmp_path, *args_of_nodes):
+        assert line.startswith("checksum of the list of val shards is ")
+
+
+def test_nodes_with_different_checkpoints(start, shards, tmp_path):
+    """The nodes may not share a disk: only the first has the checkpoint, or the second has one of another run."""
+    args = [*SMALL_RUN, "--shards", shards, "--epochs", 1]
+    for name in ("first", "second"):
+        start(*args, "--seed", len(name), cwd=tmp_path / name).finish()
+    cases = [
+        ("none", "--resume: checkpoint found is True on rank 0 but False"),
+        ("second", "checksum of the weights is "),
+    ]
+    for name, expected in cases:
+        paths = [tmp_path / folder / "checkpoint.pth.tar" for folder in ("first", name)]
+        args_of_nodes = [[*args, "--resume", path] for path in paths]
+        for line in errors_of_nodes(start, "main-wds.py", tmp_path, *args_of_nodes):
+            assert line.startswith(expected)

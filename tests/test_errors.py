@@ -12,8 +12,6 @@ from torchvision import models
 
 FAST = ["-a", "shufflenet_v2_x0_5", "-j", "2", "-b", "16", "--epochs", "1", "--no-accel"]
 
-each_script = pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
-
 
 @pytest.fixture
 def copy(small, tmp_path):
@@ -48,11 +46,15 @@ def test_pattern_expanded_by_the_shell(args, tmp_path):
     assert "a-2.tar; quote patterns such as 'a-{0..9}.tar'" in message
 
 
-@each_script
 def test_more_classes_than_outputs(script, tmp_path):
     write_folders(tmp_path / "data", train=1, val=1, classes=[f"n{i:08}" for i in range(1001)])
     args = ["data"] if script == "main-orig.py" else ["--dataset", "orig"]
     assert "1001 class folders, but the model has 1000 outputs" in error_of(script, *FAST, *args, cwd=tmp_path)
+
+
+def test_image_size_that_the_model_cannot_take(shards, tmp_path):
+    args = [*FAST, "-a", "vit_b_16", "--image-size", 16, "--shards", shards]
+    assert "--arch vit_b_16: it does not support --image-size 16 (" in error_of("main-wds.py", *args, cwd=tmp_path)
 
 
 def test_folders(copy):
@@ -132,7 +134,6 @@ def test_checkpoints(small, tmp_path):
         assert name in message and fix in message
 
 
-@each_script
 def test_more_ranks_than_samples(script, tmp_path):
     write_folders(tmp_path / "data", train=1, val=1, classes=["a"])
     write_shards(tmp_path / "shards", noise, train=[1], validation=[1])

@@ -276,7 +276,7 @@ MISTAKES = {
 }
 SHOWN_ELSEWHERE = {
     "lost the connection to another rank": "test_resume.py",
-    "; it must be the same": "test_machines.py",
+    "; it must be the same": "test_distributed.py",
     "/dev/shm is full": "test_machines.py",
     "if out of memory, lower --workers or --batch-size": "test_machines.py",
 }

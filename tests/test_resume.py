@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import re
+import resource
 import signal
 import threading
 import time
@@ -22,10 +23,14 @@ from commands import (
     SMALL_RUN,
     STEPS,
     Run,
+    args_of,
     checkpoint,
+    data_of,
     free_port,
     load,
+    run,
     spawned_ranks,
+    summary,
     torchrun,
     wait_until,
 )
@@ -33,12 +38,6 @@ from make_data import TRAIN, VAL, noise, write_shards
 
 NAMES = ("checkpoint.pth.tar", "model_best.pth.tar")
 SHUFFLENET = ["-a", "shufflenet_v2_x0_5", "-p", 1, "--no-accel"]
-
-each_script = pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
-
-
-def data_of(script, folders, shards):
-    return [folders] if script == "main-orig.py" else ["--shards", shards, "--image-size", 32]
 
 
 def launcher(ranks):
@@ -119,7 +118,6 @@ def test_kill_while_checkpoints_are_written(start, tmp_path):
     assert unfinished
 
 
-@each_script
 def test_checkpoint_is_synced_before_it_is_renamed(script, tmp_path, monkeypatch):
     """The best one comes first: after a kill between the two, the resumed run would not find it to be the best."""
     fsync = os.fsync
@@ -149,7 +147,6 @@ class Malicious:
         return os.mkdir, ("pwned",)
 
 
-@each_script
 def test_malicious_pickle_is_refused(script, start, folders, shards, tmp_path):
     state = {"epoch": 1, "arch": "shufflenet_v2_x0_5", "best_acc1": 0.0, "state_dict": {}, "optimizer": Malicious()}
     torch.save({**state, "scheduler": {}}, tmp_path / "evil.tar")
@@ -157,6 +154,45 @@ def test_malicious_pickle_is_refused(script, start, folders, shards, tmp_path):
     _, (line,) = start(*args, script=script).finish(status=2, lines=1)
     assert line.startswith(f"{script}: --resume evil.tar: not a checkpoint of this script")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_folder_that_cannot_be_written(script, folders, shards):
+    """Reported before the first step."""
+    out, err = run(script, *args_of(script, folders, shards), cwd="/proc", status=2)
+    assert err.startswith(f"{script}: can't write checkpoints to the current folder (") and err.count("\n") == 1
+    assert "Epoch: [" not in out
+
+
+def test_write_error_keeps_the_last_checkpoint(script, tmp_path, monkeypatch):
+    """And leaves no partial file. A limit on the size of files stands for a full disk."""
+    module = load(script)
+    monkeypatch.chdir(tmp_path)
+    module.save_checkpoint({"epoch": 1}, is_best=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(module.DataError, match=r"can't write checkpoint\.pth\.tar .*\(File too large\)"):
+            module.save_checkpoint({"epoch": 2, "state_dict": torch.zeros(100_000)}, is_best=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == ["checkpoint.pth.tar"] and checkpoint(tmp_path)["epoch"] == 1
+
+
+def test_two_runs_in_one_folder(script, tmp_path, monkeypatch):
+    """One writes its checkpoint while the other does, and neither breaks the other's."""
+    module = load(script)
+    fsync = os.fsync
+
+    def fsync_after_the_other_run(file):
+        monkeypatch.setattr(os, "fsync", fsync)
+        module.save_checkpoint({"epoch": 2}, is_best=False)
+        assert checkpoint(tmp_path)["epoch"] == 2
+        fsync(file)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", fsync_after_the_other_run)
+    module.save_checkpoint({"epoch": 1}, is_best=False)
+    assert checkpoint(tmp_path)["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint.pth.tar"]
 
 
 # ---------------------------------------------------------------------------- resuming between epochs
@@ -459,6 +495,27 @@ def test_stop_spawned_ranks_and_resume_with_torchrun(start, hold, shards, unbrok
 # ---------------------------------------------------------------------------- resuming with other options
 
 
+def test_options_that_the_checkpoint_overrides(script, start, folders, shards):
+    """They are reported, and so is a run with no epoch left."""
+    args = args_of(script, folders, shards)
+    start(*args, "--lr", 0.01, "--wd", 0.001, script=script).finish()
+    out, _ = start(*args, "--lr", 0.5, "--momentum", 0.8, "--wd", 0.001, *RESUME, script=script).finish()
+    assert "=> the checkpoint's options are kept: --lr 0.01, not 0.5, --momentum 0.9, not 0.8\n" in out
+    assert "=> all epochs are done (--epochs 1)" in out and "Epoch: [" not in out
+    out, _ = start(*args, "--lr", 0.01, "--wd", 0.001, "--epochs", 2, *RESUME, script=script).finish()
+    assert "are kept" not in out and "are done" not in out and "Epoch: [1]" in out
+
+
+def test_missing_checkpoint(script, start, folders, shards):
+    """Training starts from the beginning, as job scripts expect. --evaluate fails."""
+    args = [*args_of(script, folders, shards), "--resume", "none.tar"]
+    out, _ = start(*args, script=script).finish()
+    assert "=> no checkpoint found at 'none.tar'" in out
+    assert "Epoch: [0]" in out and len(summary(out)) == 1
+    _, (line,) = start(*args, "--evaluate", script=script).finish(status=2, lines=1)
+    assert line.startswith(f"{script}: --resume none.tar: ")
+
+
 @pytest.fixture(scope="module")
 def stopped_run(shards, tmp_path_factory):
     """(folder, epoch, step) of a run that was stopped after the first epoch."""
@@ -520,7 +577,6 @@ def test_start_epoch_restarts_the_epoch(start, shards, stopped_run, tmp_path):
     assert samples_of(batches(tmp_path)) == list(range(sum(TRAIN)))
 
 
-@each_script
 def test_folders_restart_the_epoch(script, start, folders, stopped_run, tmp_path):
     """A checkpoint within an epoch of shards can be resumed with folders, from the first step of the epoch."""
     folder, epoch, step = stopped_run
@@ -570,7 +626,6 @@ def test_killed_rank(script, rank, start, folders, shards):
     assert re.match(rf"{script}: process \d terminated with signal SIGKILL; ", line)
 
 
-@each_script
 @pytest.mark.slow
 def test_killed_rank_on_another_node(script, start, folders, shards, tmp_path):
     args = [*SHUFFLENET, "-b", 4, "-j", 1, *data_of(script, folders, shards)]

@@ -1,16 +1,18 @@
 """How main-wds.py finds, divides and reads shards: epochs are exact, and damaged shards are errors that name them."""
 
 import functools
+import gzip
 import itertools
 import json
 import re
+import signal
 import sys
 import tarfile
 
 import pytest
 import torch
-from commands import error_of, free_port, load, spawned_ranks, wait_until
-from make_data import picture, samples, tar, write_shards
+from commands import SMALL_RUN, error_of, free_port, load, spawned_ranks, summary, wait_until
+from make_data import noise, picture, samples, tar, write_shards
 from print_samples import DRAW, PID, assert_complete, column, load_samples, order_and_draws
 from test_plan import batch_sizes_of_sampler, batches_of_rank
 
@@ -568,3 +570,29 @@ def test_names_that_look_like_patterns_or_urls(find, tmp_path, monkeypatch):
     assert list(find("--shards", "httpshards").values()) == TRAIN
     with pytest.raises(DataError, match="no _info"):
         find("--shards", "httpnone")
+
+
+def test_passwords_are_never_printed(start, shards):
+    """A URL with a password is refused, but one may be part of a command."""
+    url = "http://me:secret@127.0.0.1:9/imagenet-train-{000000..000003}.tar"
+    _, (line,) = start(*SMALL_RUN, "--shards", shards, "--trainshards", url).finish(status=2, lines=1)
+    assert line.startswith("main-wds.py: http://127.0.0.1:9/_info.json: ") and "secret" not in line
+    run = start(*SMALL_RUN, "--shards", shards, "--trainshards", f"pipe:false {url}")
+    wait_until(lambda: "retrying in" in run.output(), run.output)
+    run.kill(signal.SIGKILL).finish(status=-signal.SIGKILL, lines=None)
+    assert "pipe:false http://127.0.0.1:9/" in run.output() and "secret" not in run.output()
+
+
+def test_unknown_url_schemes(start, shards):
+    for args in (["--shards", "s3://b/imagenet"], ["--shards", shards, "--trainshards", "s3://b/imagenet-{0..1}.tar"]):
+        _, (line,) = start(*SMALL_RUN, *args).finish(status=2, lines=1)
+        assert line.startswith("main-wds.py: s3://b/imagenet") and "pipe:" in line
+
+
+def test_gzip_encoded_index(start, tmp_path):
+    """Some servers send it like that."""
+    folder = write_shards(tmp_path / "shards", noise, train=[8], validation=[4])
+    index = folder / "_info.json"
+    index.write_bytes(gzip.compress(index.read_bytes()))
+    out, _ = start(*SMALL_RUN, "--epochs", 1, "--shards", folder).finish()
+    assert "=> train: 8 images in 1 shard" in out and len(summary(out)) == 1

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from commands import SMALL_MODEL, checkpoint, load, run, summary
+from commands import SMALL_MODEL, checkpoint, data_of, load, run, summary
 from torchvision import models
 
 FAST = ["-a", "shufflenet_v2_x0_5", "-j", 1, "-b", 16, "--epochs", 1, "--lr", 0.01]
@@ -16,21 +16,14 @@ TRAIN_LINE = "\t".join(
 )
 VAL_LINE = "\t".join([r"Test: \[(\d)/2\]", *(VALUES % name for name in ("Time", "Loss", "Acc@1", "Acc@5"))])
 
-each_script = pytest.mark.parametrize("script", ["main-orig.py", "main-wds.py"])
-
-
-def data_args(script, small):
-    return [small / "data"] if script == "main-orig.py" else ["--shards", small / "shards", "--image-size", 32]
-
 
 def losses(stdout):
     """[(loss, average)] of each printed line."""
     return [(float(loss), float(average)) for loss, average in re.findall(r"Loss (\S+) \((\S+)\)", stdout)]
 
 
-@each_script
 def test_output(script, small, tmp_path):
-    stdout, stderr = run(script, *FAST, *data_args(script, small), "-p", 1, cwd=tmp_path)
+    stdout, stderr = run(script, *FAST, *data_of(script, small / "data", small / "shards"), "-p", 1, cwd=tmp_path)
     assert stderr == ""
     *head, last = stdout.splitlines()
     assert any(re.match("=> train: 80 images.*, 10 classes$", line) for line in head)
@@ -45,7 +38,8 @@ def test_output(script, small, tmp_path):
 def test_same_seed_same_losses(script, small, tmp_path):
     found = []
     for seed in (3, 3, 4):
-        stdout, _ = run(script, *FAST, *data_args(script, small), "--seed", seed, "-p", 1, cwd=tmp_path)
+        args = [*FAST, *data_of(script, small / "data", small / "shards"), "--seed", seed, "-p", 1]
+        stdout, _ = run(script, *args, cwd=tmp_path)
         found.append(losses(stdout))
     assert len(found[0]) == 7
     assert found[0] == found[1] != found[2]
@@ -127,11 +121,10 @@ def test_pretrained(small, tmp_path):
     assert summary(stdout)[0][0] == 10
 
 
-@each_script
 @pytest.mark.slow
 def test_amp(script, small, tmp_path):
     """--amp computes the same in bfloat16. Its checkpoint holds float32 and can be evaluated with and without --amp."""
-    args = [*FAST, *data_args(script, small), "--seed", 1, "-p", 1]
+    args = [*FAST, *data_of(script, small / "data", small / "shards"), "--seed", 1, "-p", 1]
     plain, _ = run(script, *args, cwd=tmp_path)
     amp, _ = run(script, *args, "--amp", cwd=tmp_path)
     first = losses(plain)[0][0]
@@ -143,7 +136,6 @@ def test_amp(script, small, tmp_path):
     assert summary(plain)[0] == pytest.approx(summary(amp)[0], abs=10)  # three of 30 images may differ
 
 
-@each_script
 def test_dummy_needs_no_data(script, start):
     steps = -(-load(script).TRAIN_SIZE // 16)
     run = start("--dummy", *SMALL_MODEL[:2], "-j", 1, "-b", 16, "-p", 1, script=script)
