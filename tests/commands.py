@@ -233,6 +233,7 @@ def run_ranks(ranks, script, *args, cwd, status=0, timeout=250):
 
 
 def kill_groups(pids):
+    """Kill the runs with these pids, and their children."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.killpg(pid, signal.SIGKILL)

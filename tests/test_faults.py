@@ -649,7 +649,9 @@ def test_processes_do_not_grow(small, start):
         found = {}
         for pid in 3 * list(run.alive()):
             with contextlib.suppress(OSError):  # it has just ended
-                found[pid] = tuple(map(min, footprint(pid), found.get(pid, (math.inf, math.inf))))
+                memory, files = footprint(pid)
+                least_memory, fewest_files = found.get(pid, (math.inf, math.inf))
+                found[pid] = min(memory, least_memory), min(files, fewest_files)
         epochs.append(found)
     run.finish()
     for number, found in enumerate(epochs, 1):  # for a failure's report

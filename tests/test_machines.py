@@ -113,7 +113,7 @@ def test_numbers_out_of_range(script, tmp_path):
         assert f"argument {args[0]}" in error_of(script, *args, cwd=tmp_path)
 
 
-# ---------------------------------------------------------------------------- launchers
+# ---------------------------------------------------------------------------- errors of libraries
 
 
 def args_of_rank(**more):

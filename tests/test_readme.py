@@ -44,7 +44,10 @@ ELSEWHERE = {  # commands that take long, and the tests that run them at a small
     "./run bench --quick": ("test_bench.py", '"--quick"'),
     "./run bench --only loading --resized DIR": ("test_bench.py", '"--resized"'),
     "./run bench --only loading --cold --decode tensor --images 1300 -b 64": ("test_bench.py", '"--cold"'),
-    "./run bench -j 16 -b 256 --images 8192 -a resnet18 --image-size 224 --amp": ("test_bench.py", '"--images", "40"'),
+    "./run bench -j 16 -b 256 --images 8192 -a resnet18 --image-size 224 --amp --lr 0.05": (
+        "test_bench.py",
+        '"--images", "40"',
+    ),
     "python tests/peers.py": ("test_readme.py", "def test_peers(small, tmp_path)"),
 }
 PREPARED = {  # what a command needs, as shell commands
