@@ -63,6 +63,17 @@ def outlive():
     Path("survived").touch()
 
 
+def stay_in_a_step():
+    """Print "held" in the first training step, and stay there for an hour."""
+    script = load(Path(sys.argv[0]).name)
+
+    def stay(*_, **__):
+        print("held", flush=True)
+        time.sleep(3600)
+
+    script.accuracy = stay  # is called in each step
+
+
 def save_checkpoints():
     """Instead of training, write checkpoints for ever; all values in one are its epoch, and even epochs are the best.
 

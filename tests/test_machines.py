@@ -1,7 +1,6 @@
 """Unusual machines, disks, outputs and launchers: the run works, or one line names the reason."""
 
 import argparse
-import contextlib
 import os
 import shutil
 import signal
@@ -130,6 +129,7 @@ ERRORS = {  # of libraries, which can't be provoked on any machine
     ),
     "semaphore": (OSError(28, "No space left on device"), "/dev/shm is full"),
     "read-only": (RuntimeError("unable to open shared memory object </torch_7>: Read-only"), "/dev/shm is full"),
+    "worker lost": (ConnectionResetError(104, "Connection reset by peer"), "a data worker died ([Errno 104]"),
     "bug": (RuntimeError("size mismatch"), None),  # keeps its traceback
 }
 
@@ -153,21 +153,12 @@ def test_which_errors_are_user_errors(case, script, monkeypatch):
 
 
 def test_killed_worker(script, start, folders, shards):
-    run = start(*args_of(script, folders, shards), "--epochs", 90, script=script).until("^Epoch", count=2)
-
-    def has_ended():
-        """Kill the workers, until a kill comes before its worker has ended by itself."""
-        processes = run.alive()
-        for pid, parent in processes.items():
-            if parent == run.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        return run.pid not in processes
-
-    wait_until(has_ended, run.output)
-    _, lines = run.finish(status=2, lines=None)
-    (line,) = [line for line in lines if line.startswith(f"{script}: ")]
-    assert line.startswith(f"{script}: a data worker died (") and "lower --workers" in line
+    run = start(*args_of(script, folders, shards), script=script, instrument="stay_in_a_step").until("^held$")
+    worker = min(pid for pid, parent in run.alive().items() if parent == run.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, (line,) = run.finish(status=2, lines=1)
+    assert line.startswith(f"{script}: a data worker died (DataLoader worker (pid {worker}) is killed by signal: ")
+    assert "lower --workers" in line
 
 
 def small_memory(*args):
