@@ -268,6 +268,11 @@ def wait_until(condition, output, timeout=60):
         time.sleep(0.002)
 
 
+def shared_memory():
+    """The names of PyTorch's files of shared memory, torch_PID_..., on this machine."""
+    return {path.name for path in Path("/dev/shm").glob("torch_[0-9]*_*")}
+
+
 class Run:
     """A script that runs in a session of its own, in the folder cwd; its output goes to the files `out` and `err`.
 
@@ -278,6 +283,7 @@ class Run:
         self.cwd = cwd
         self.typed = typed or bool(before)
         self.seen = set()  # the pids of all processes of the run that were ever seen
+        self.earlier = shared_memory()  # may be left by others with the same pids
         cwd.mkdir(exist_ok=True)
         for name in ("out", "err"):
             (cwd / name).write_text("")
@@ -342,8 +348,8 @@ class Run:
         found = self.wait(timeout)
         assert found == status, f"status {found}\n{self.output()}"
         wait_until(lambda: not self.alive(), self.output)  # workers look for their parent every 5 s
-        shared = re.findall(r"^torch_(\d+)_", "\n".join(os.listdir("/dev/shm")), re.M)
-        assert not self.seen & set(map(int, shared))
+        left = [name for name in shared_memory() - self.earlier if int(name.split("_")[1]) in self.seen]
+        assert not left
         out, err = (self.cwd / "out").read_text(), lines_of((self.cwd / "err").read_text())
         assert lines in (None, len(err)), self.output()
         assert "Traceback" not in out and (status not in (0, 2) or "Traceback" not in str(err)), self.output()
