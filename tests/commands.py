@@ -349,7 +349,7 @@ class Run:
         assert found == status, f"status {found}\n{self.output()}"
         wait_until(lambda: not self.alive(), self.output)  # workers look for their parent every 5 s
         left = [name for name in shared_memory() - self.earlier if int(name.split("_")[1]) in self.seen]
-        assert not left
+        assert not left, left
         out, err = (self.cwd / "out").read_text(), lines_of((self.cwd / "err").read_text())
         assert lines in (None, len(err)), self.output()
         assert "Traceback" not in out and (status not in (0, 2) or "Traceback" not in str(err)), self.output()
