@@ -71,7 +71,7 @@ def stay_in_a_step():
         print("held", flush=True)
         time.sleep(3600)
 
-    script.accuracy = stay  # is called in each step
+    script.accuracy = stay  # each step calls it
 
 
 def save_checkpoints():

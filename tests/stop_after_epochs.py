@@ -1,4 +1,7 @@
-"""main-wds.py, whose ranks stop after each epoch as SIGSTOP does it, until SIGCONT."""
+"""main-wds.py, each rank of which stops itself with SIGSTOP after each epoch, until it gets SIGCONT.
+
+A script, not a function of instruments.py: forked runs share memory with the fork server, so theirs can't be measured.
+"""
 
 import os
 import signal

@@ -627,6 +627,7 @@ BATCH_KIB = 8 * 3 * IMAGE_SIZE * IMAGE_SIZE // 1024  # per rank
 
 
 def is_stopped(pid):
+    """Whether a process was stopped by SIGSTOP."""
     try:
         return "\nState:\tT" in Path(f"/proc/{pid}/status").read_text()
     except OSError:  # it has just ended

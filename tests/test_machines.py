@@ -153,6 +153,7 @@ def test_which_errors_are_user_errors(case, script, monkeypatch):
 
 
 def test_killed_worker(script, start, folders, shards):
+    """Only one is killed: a second kill could come while Python exits, where PyTorch's handler raises a traceback."""
     run = start(*args_of(script, folders, shards), script=script, instrument="stay_in_a_step").until("^held$")
     worker = min(pid for pid, parent in run.alive().items() if parent == run.pid)
     os.kill(worker, signal.SIGKILL)
