@@ -30,11 +30,12 @@ SCRIPTS = ("main-orig.py", "main-wds.py", "makeshards.py")
 FORKED = (*SCRIPTS, "tests/sample.py", "tests/bench.py", "tests/print_samples.py")
 WARNINGS = "error,ignore:This DataLoader will create"  # the tests use more workers than there are cores
 SMALL_MODEL = ["-a", "shufflenet_v2_x0_5", "--image-size", 32, "-p", 1, "--lr", 0.01, "--no-accel"]
-STEPS = 20  # of an epoch of SMALL_RUN in one process; two ranks make half as many
+STEPS = 20  # of an epoch of SMALL_RUN in one process; two ranks with the same -b make as many
 EPOCHS = 3
 SMALL_RUN = [*SMALL_MODEL, "-b", 4, "-j", 2, "--epochs", EPOCHS, "--seed", 1]
 SHORT_RUN = ["-a", "shufflenet_v2_x0_5", "-b", 8, "-j", 1, "-p", 1, "--epochs", 1, "--no-accel"]
 RESUME = ["--resume", "checkpoint.pth.tar"]
+LIMIT = 250  # seconds after which a wait fails, with what it saw; the test itself has 300: see conftest.py
 SESSION = "TEST_SESSION"  # an environment variable that marks a run's processes: torchrun's have sessions of their own
 
 
@@ -84,7 +85,7 @@ def checkpoint(folder, name="checkpoint.pth.tar"):
 def serve():
     """Answer requests on stdin, a line of JSON each: fork a process and print its pid, or wait and print its status."""
     importlib.import_module("instruments")
-    mp.set_start_method("fork")  # Python 3.14's forkserver would import the scripts by name
+    mp.set_start_method("fork")  # see conftest.py
     for script in FORKED:
         load(script)
     if importlib.util.find_spec("torchcodec"):
@@ -183,29 +184,30 @@ def fork_server():
 # ---------------------------------------------------------------------------- a command, from start to end
 
 
-def run(script, *args, cwd, status=0, env=None, timeout=250):
+def run(script, *args, cwd, status=0, env=None):
     """(stdout, stderr) of a script that must exit with that status. With env, Python starts it anew."""
     if script in FORKED and not env:
-        return run_ranks(None, script, *args, cwd=cwd, status=status, timeout=timeout)
+        return run_ranks(None, script, *args, cwd=cwd, status=status)
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return run_command(command, cwd=cwd, status=status, env={"PYTHONWARNINGS": "error", **(env or {})}, timeout=timeout)
+    return run_command(command, cwd=cwd, status=status, env={"PYTHONWARNINGS": "error", **(env or {})})
 
 
-def run_command(command, *, cwd, status=0, env=None, timeout=250):
+def run_command(command, *, cwd, status=0, env=None):
     """(stdout, stderr) of any command that must exit with that status."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}  # several tests share the cores
     try:
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"{command}\ndid not end in {timeout} s\n{error.stdout}\n{error.stderr}") from error
+        raise AssertionError(f"{command}\ndid not end in {LIMIT} s\n{error.stdout}\n{error.stderr}") from error
     assert done.returncode == status, f"{command}\nstatus {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
 
 
-def run_ranks(ranks, script, *args, cwd, status=0, timeout=250):
+def run_ranks(ranks, script, *args, cwd, status=0):
     """(stdout, stderr) of rank 0 of as many ranks as torchrun would start, forked; None: a process without ranks."""
     server = fork_server()
     port = free_port()
+    end = time.monotonic() + LIMIT
     with tempfile.TemporaryDirectory() as output:
         pids = []
         for rank in range(ranks or 1):
@@ -217,7 +219,7 @@ def run_ranks(ranks, script, *args, cwd, status=0, timeout=250):
                 env |= {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
             pids.append(server.start(script, args, cwd, folder, env))
         try:
-            found = [server.ask(pid=pid, timeout=timeout) for pid in pids]
+            found = [server.ask(pid=pid, timeout=max(1, end - time.monotonic())) for pid in pids]
         except BaseException:
             kill_groups(pids)
             raise
@@ -260,9 +262,9 @@ def summary(stdout):
 # ---------------------------------------------------------------------------- a command that is watched, or ended
 
 
-def wait_until(condition, output, timeout=60):
-    """Wait for condition() to be true. Fail with output() after the timeout in seconds."""
-    end = time.monotonic() + timeout
+def wait_until(condition, output):
+    """Wait for condition() to be true; fail with output() if it does not become so."""
+    end = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < end, output()
         time.sleep(0.002)
@@ -313,9 +315,9 @@ class Run:
         self.seen |= set(found)
         return found
 
-    def until(self, pattern, count=1, timeout=60):
+    def until(self, pattern, count=1):
         """Wait until stdout has that many matches; fail with the output if the run ends first."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + LIMIT
         alive = True
         while len(re.findall(pattern, (self.cwd / "out").read_text(), re.M)) < count:
             assert time.monotonic() < end and alive, f"{pattern}\n{self.output()}"
@@ -331,21 +333,21 @@ class Run:
         (os.killpg if group else os.kill)(self.pid, number)
         return self
 
-    def wait(self, timeout):
-        """The exit status, or None after the timeout in seconds."""
+    def wait(self):
+        """The exit status, or None if it does not end."""
         if not self.typed:
-            return fork_server().ask(pid=self.pid, timeout=timeout)
+            return fork_server().ask(pid=self.pid, timeout=LIMIT)
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(LIMIT)
         except subprocess.TimeoutExpired:
             return None
 
-    def finish(self, status=0, timeout=60, lines=0):
+    def finish(self, status=0, lines=0):
         """(stdout, lines of stderr), once it has ended with that status and that many lines on stderr (None: any).
 
-        There may be no traceback, unless it was killed, and no process and no shared memory may be left.
+        With status 0 or 2, there may be no traceback on stderr. No process and no shared memory may be left.
         """
-        found = self.wait(timeout)
+        found = self.wait()
         assert found == status, f"status {found}\n{self.output()}"
         wait_until(lambda: not self.alive(), self.output)  # workers look for their parent every 5 s
         left = [name for name in shared_memory() - self.earlier if int(name.split("_")[1]) in self.seen]

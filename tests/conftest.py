@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 
@@ -17,6 +18,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long, and is run by ./run test --all only")
+    multiprocessing.set_start_method("fork", force=True)  # Python 3.14's forkserver can't import scripts with a hyphen
 
 
 def pytest_collection_modifyitems(config, items):

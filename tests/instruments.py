@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from commands import load
 def record():
     """Write each batch that a rank trains with as a line of `seenRANK`, and a byte to `decoded` per training sample.
 
-    After HOLD_AT training steps, an environment variable, the run waits for a signal or for a file named `go`.
+    After HOLD_AT training steps, an environment variable, the run waits for a signal.
     """
     main_wds = load("main-wds.py")
     batches = main_wds.DeviceLoader.__iter__
@@ -45,8 +46,20 @@ def record():
 
 
 def wait_for_signal(run):
-    while not (run.signal or os.path.exists("go")):
+    while not run.signal:
         time.sleep(0.01)
+
+
+def record_and_stop_at_a_fork():
+    """record(), in a process that sends itself SIGTERM right after it has forked for the STOP_AT-th time."""
+    forks = itertools.count(1)
+
+    def forked():
+        if next(forks) == int(os.environ["STOP_AT"]):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    os.register_at_fork(after_in_parent=forked)
+    record()
 
 
 def record_beside_a_child():
@@ -56,10 +69,9 @@ def record_beside_a_child():
 
 
 def outlive():
-    """Create the file `survived` two seconds after the run's checkpoint."""
-    while not os.path.exists("checkpoint.pth.tar"):
+    """Wait for a file named `go`, and create the file `survived`."""
+    while not os.path.exists("go"):
         time.sleep(0.05)
-    time.sleep(2)
     Path("survived").touch()
 
 

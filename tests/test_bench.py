@@ -257,7 +257,7 @@ PREPARE = ["--dataset", "wds", "--prepare"]  # as ./run does before training
 
 def interrupt(run, folder, pattern):
     """Ctrl-C, a SIGINT to all processes, once a file matches the pattern. Returns the only line on stderr."""
-    wait_until(lambda: list(folder.glob(pattern)), run.output, timeout=120)
+    wait_until(lambda: list(folder.glob(pattern)), run.output)
     run.kill(signal.SIGINT, group=True)
     _, (line,) = run.finish(status=130, lines=1)
     return line

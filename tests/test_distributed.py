@@ -61,7 +61,7 @@ def test_two_processes(dataset, launcher, start, small, tmp_path):
         run_of_two = start(*args, *spawned_ranks(), script=script, typed=script == "main-orig.py")
     else:
         run_of_two = start(*args, script=script, before=torchrun())
-    stdout, _ = run_of_two.finish(timeout=300, lines=None)
+    stdout, _ = run_of_two.finish(lines=None)
     accuracies, loss = result(stdout, steps=20)  # 40 samples per rank
     stdout, _ = run(script, *args, "--resume", "checkpoint.pth.tar", "--evaluate", cwd=tmp_path)
     assert summary(stdout) == [accuracies]
@@ -122,7 +122,7 @@ def test_two_nodes(launcher, start, small, tmp_path):
         else:  # as README.md has it
             before = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"]
             nodes.append(start(*args, cwd=cwd, before=[*before, f"--rdzv-endpoint={address}"]))
-    outputs = sorted((node.finish(timeout=300, lines=None)[0] for node in nodes), key=len)  # torchrun picks rank 0
+    outputs = sorted((node.finish(lines=None)[0] for node in nodes), key=len)  # torchrun picks rank 0
     accuracies, _ = result(outputs[1], steps=3)  # 80 samples, 20 per rank, 8 per batch
     (written,) = tmp_path.glob("*/checkpoint.pth.tar")
     assert outputs[0] == ""

@@ -652,7 +652,7 @@ def test_processes_do_not_grow(small, start):
     run = start(*args, script="tests/stop_after_epochs.py", before=torchrun(), env=env)
     epochs = []
     for _ in range(EPOCHS):
-        wait_until(lambda: sum(map(is_stopped, run.alive())) == 2, run.output, timeout=120)
+        wait_until(lambda: sum(map(is_stopped, run.alive())) == 2, run.output)
         processes = run.alive()
         epochs.append({pid: footprint(pid) for pid in processes})
         for pid in filter(is_stopped, processes):

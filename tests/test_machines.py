@@ -1,4 +1,4 @@
-"""Unusual machines, disks, outputs and launchers: the run works, or one line names the reason."""
+"""Unusual machines and outputs: the run works, or one line names the reason."""
 
 import argparse
 import os
@@ -149,7 +149,7 @@ def test_which_errors_are_user_errors(case, script, monkeypatch):
     assert str(caught.value).startswith(expected or "size mismatch")
 
 
-# ---------------------------------------------------------------------------- disks and memory
+# ---------------------------------------------------------------------------- processes and memory
 
 
 def test_killed_worker(script, start, folders, shards):

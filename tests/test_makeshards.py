@@ -45,7 +45,7 @@ def pets(tmp_path):
 def run_limited(limit, *args, cwd):
     """The one line on stderr of makeshards.py, which must exit with status 2, under a limit such as "-n 64"."""
     command = ["bash", "-c", f'ulimit {limit} && exec "$@"', "-", sys.executable, str(ROOT / "makeshards.py"), *args]
-    _, stderr = run_command(command, cwd=cwd, status=2, timeout=120)
+    _, stderr = run_command(command, cwd=cwd, status=2)
     (line,) = stderr.splitlines()
     return line
 
@@ -279,16 +279,6 @@ def test_index_rejects_invalid_patterns(pets):
 def test_workers_cannot_start(pets):
     line = run_limited("-n 64", "--workers", "60", cwd=pets)
     assert line.startswith("makeshards.py: --workers 60: ") and "Too many open files" in line
-    assert os.listdir(pets / "shards") == []
-
-
-@pytest.mark.slow
-def test_full_disk_leaves_nothing(pets):
-    """A limit on the file size stands for a full disk: writing fails halfway."""
-    image = pets / "data/train/cat/cat_0.jpg"
-    image.write_bytes(image.read_bytes() + bytes(1 << 20))
-    line = run_limited("-f 256", cwd=pets)
-    assert "./shards/imagenet-train-000000.tar: can't be written (File too large)" in line
     assert os.listdir(pets / "shards") == []
 
 

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 
 from commands import load
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DistributedSampler
 
@@ -16,7 +16,7 @@ WORKERS = st.integers(0, 5)
 BATCH_SIZE = st.integers(1, 64)
 EPOCH = st.integers(0, 3)
 SEED = st.integers(0, 99)
-many_examples = settings(deadline=None, max_examples=500, database=None)
+many_examples = settings(deadline=None, max_examples=500, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def batches_of_rank(lengths, epoch, rank, world_size, workers, batch_size, seed):

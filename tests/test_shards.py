@@ -491,11 +491,6 @@ def test_splits_with_different_classes(layout, find, tmp_path):
         find_val(["cat", "dog"], ["dog", "cat"])
 
 
-def test_evaluate_needs_no_training_shards(find, tmp_path):
-    write_shards(tmp_path, validation=VAL)
-    assert list(find("--shards", tmp_path, "--evaluate", split="val").values()) == VAL
-
-
 def test_more_classes_than_outputs(find, tmp_path):
     write_classes(tmp_path, [f"c{i}" for i in range(1000)])
     for split in ("train", "val"):

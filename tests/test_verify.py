@@ -1,4 +1,4 @@
-"""makeshards.py --verify, --check and --index report every fault, and only faults, and change nothing."""
+"""makeshards.py --verify, --check and --index report every fault and nothing else. They change no shard."""
 
 import bz2
 import functools

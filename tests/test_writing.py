@@ -267,9 +267,8 @@ def test_full_disk(start, place):
 
 def test_full_disk_when_the_plan_is_written(start, place):
     options = ("--maxcount", 1, "--workers", WORKERS, "--splits", "train")
-    _, (line,) = start(*options, script=INTERRUPTIBLE, env={"FILE_SIZE": 10240}).finish(
-        2, lines=1
-    )  # the size of a shard
+    size_of_a_shard = 10240
+    _, (line,) = start(*options, script=INTERRUPTIBLE, env={"FILE_SIZE": size_of_a_shard}).finish(2, lines=1)
     assert "shards/.train.json: can't be written" in line
     assert os.listdir(place / "shards") == []
 
