@@ -15,7 +15,9 @@ from commands import load
 
 
 def record():
-    """Write each batch that a rank trains with as a line of `seenRANK`, and a byte to `decoded` per training sample.
+    """Write what a rank trains with: each batch as a line of `seenRANK`, and the step's seed as one of `seedsRANK`.
+
+    For each training sample that is decoded, write a byte to `decoded`.
 
     After HOLD_AT training steps, an environment variable, the run waits for a signal.
     """
@@ -26,9 +28,11 @@ def record():
     decoded = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def recorded(self):
-        with open(f"seen{self.args.rank}" if self.order else os.devnull, "a", buffering=1) as file:
+        names = [f"{name}{self.args.rank}" if self.order else os.devnull for name in ("seen", "seeds")]
+        with open(names[0], "a", buffering=1) as seen, open(names[1], "a", buffering=1) as seeds:
             for images, target in batches(self):
-                print(*target.tolist(), file=file)
+                print(*target.tolist(), file=seen)
+                print(torch.initial_seed(), file=seeds)
                 yield images, target
                 if self.order and next(steps) == int(os.environ.get("HOLD_AT", 0)):
                     wait_for_signal(self.run)

@@ -303,6 +303,12 @@ def test_resume_with_dropout(loading, start, shards, unbroken, tmp_path):
     assert same_checkpoints(tmp_path, unbroken(1, *args))
 
 
+def test_each_step_has_its_own_seed(unbroken):
+    """With the epoch's seed in each step, dropout would leave out the same features all the time."""
+    seeds = (unbroken(1, *SMALL_RUN) / "seeds0").read_text().split()
+    assert len(set(seeds)) == len(seeds) == EPOCHS * STEPS
+
+
 @pytest.mark.slow
 def test_resume_without_seed(start, shards, tmp_path):
     """Each sample still comes once per epoch, and the next epoch has another order."""
