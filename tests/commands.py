@@ -35,7 +35,7 @@ EPOCHS = 3
 SMALL_RUN = [*SMALL_MODEL, "-b", 4, "-j", 2, "--epochs", EPOCHS, "--seed", 1]
 SHORT_RUN = ["-a", "shufflenet_v2_x0_5", "-b", 8, "-j", 1, "-p", 1, "--epochs", 1, "--no-accel"]
 RESUME = ["--resume", "checkpoint.pth.tar"]
-LIMIT = 250  # seconds after which a wait fails, with what it saw; the test itself has 300: see conftest.py
+LIMIT = 250  # seconds after which a wait fails, with what it saw; a test has 300, a slow one 1200: see conftest.py
 SESSION = "TEST_SESSION"  # an environment variable that marks a run's processes: torchrun's have sessions of their own
 
 
@@ -345,7 +345,8 @@ class Run:
     def finish(self, status=0, lines=0):
         """(stdout, lines of stderr), once it has ended with that status and that many lines on stderr (None: any).
 
-        With status 0 or 2, there may be no traceback on stderr. No process and no shared memory may be left.
+        There may be no traceback: never on stdout, and with status 0 or 2 not on stderr either. No process and no
+        shared memory may be left.
         """
         found = self.wait()
         assert found == status, f"status {found}\n{self.output()}"
