@@ -234,6 +234,16 @@ def run_ranks(ranks, script, *args, cwd, status=0):
     return stdout, stderr
 
 
+def start_nodes(start, script, folder, *args_of_nodes):
+    """The runs of one process per node, each with its own arguments, as torchrun would start them."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": len(args_of_nodes)}
+    env |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    runs = []
+    for rank, args in enumerate(args_of_nodes):
+        runs.append(start(*args, script=script, cwd=folder / str(rank), env={**env, "RANK": rank}))
+    return runs
+
+
 def kill_groups(pids):
     """Kill the runs with these pids, and their children."""
     for pid in pids:

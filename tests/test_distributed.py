@@ -14,6 +14,7 @@ from commands import (
     run,
     run_ranks,
     spawned_ranks,
+    start_nodes,
     summary,
     torchrun,
 )
@@ -165,14 +166,9 @@ def test_env_without_local_rank(script, start, folders, shards, tmp_path):
 
 
 def errors_of_nodes(start, script, tmp_path, *args_of_nodes):
-    """The error of each node, with one process per node as torchrun would start it."""
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": len(args_of_nodes)}
-    env |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    runs = []
-    for rank, args in enumerate(args_of_nodes):
-        runs.append(start(*args, script=script, cwd=tmp_path / str(rank), env={**env, "RANK": rank}))
+    """The error of each node."""
     errors = []
-    for node in runs:
+    for node in start_nodes(start, script, tmp_path, *args_of_nodes):
         _, (line,) = node.finish(status=2, lines=1)
         assert line.endswith("; it must be the same")
         errors.append(line.removeprefix(f"{script}: "))

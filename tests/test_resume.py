@@ -27,10 +27,10 @@ from commands import (
     args_of,
     checkpoint,
     data_of,
-    free_port,
     load,
     run,
     spawned_ranks,
+    start_nodes,
     summary,
     torchrun,
     wait_until,
@@ -626,20 +626,11 @@ def test_killed_rank(script, rank, start, folders, shards):
     assert re.match(rf"{script}: process \d terminated with signal SIGKILL; ", line)
 
 
-def two_nodes(start, tmp_path, *args, script="main-wds.py"):
-    """The runs of two ranks, each started without a launcher, as on two nodes; both have begun to train."""
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
-    runs = []
-    for rank in (0, 1):
-        more = {**env, "RANK": rank, "LOCAL_RANK": 0}
-        runs.append(start(*args, script=script, cwd=tmp_path / str(rank), env=more))
-    runs[0].until("^Epoch", count=2)  # only rank 0 prints
-    return runs
-
-
 def test_signal_to_one_rank(start, shards, tmp_path):
     """Both ranks stop after the same step, and rank 0, which got no signal, writes the checkpoint."""
-    runs = two_nodes(start, tmp_path, *SMALL_RUN, "--epochs", 90, "--shards", shards)
+    args = [*SMALL_RUN, "--epochs", 90, "--shards", shards]
+    runs = start_nodes(start, "main-wds.py", tmp_path, args, args)
+    runs[0].until("^Epoch", count=2)
     runs[1].kill(signal.SIGTERM)
     stop_position(runs[0], signal.SIGTERM)
     runs[1].finish(status=128 + signal.SIGTERM)
@@ -648,7 +639,8 @@ def test_signal_to_one_rank(start, shards, tmp_path):
 @pytest.mark.slow
 def test_killed_rank_on_another_node(script, start, folders, shards, tmp_path):
     args = [*SHUFFLENET, "-b", 4, "-j", 1, *data_of(script, folders, shards)]
-    runs = two_nodes(start, tmp_path, *args, script=script)
+    runs = start_nodes(start, script, tmp_path, args, args)
+    runs[0].until("^Epoch", count=2)
     runs[1].kill(signal.SIGKILL)
     _, (line,) = runs[0].finish(status=2, lines=1)
     assert line.startswith(f"{script}: rank 0 lost the connection to another rank, which failed or was killed (")
