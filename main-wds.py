@@ -24,10 +24,8 @@ import io
 import math
 import os
 import random
-import re
 import signal
 import sys
-import tempfile
 import time
 import zlib
 
@@ -37,28 +35,30 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
 # isort: split
 # and for the shards:
+import contextlib
 import functools
-import glob
-import gzip
+import hashlib
 import itertools
 import json
+import re
 import threading
 import urllib.request
 import warnings
+from http.client import InvalidURL
 from multiprocessing.util import Finalize
 from urllib.error import HTTPError
+from urllib.parse import quote
 
 import webdataset as wds
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchvision.io import ImageReadMode
 from webdataset.gopen import set_options
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels: red, green, blue, from 0 to 1
@@ -74,16 +74,15 @@ ARCHS = [name for name in models.list_models(module=models) if name not in ("goo
 
 def parse_args():
     parser = argparse.ArgumentParser(description="PyTorch ImageNet training", allow_abbrev=False)
-    parser.error = usage_error
+    parser.error = fail
     add = parser.add_argument
     count = at_least(1)
     number = at_least(0)
     real = at_least(0, float)
     add("--dataset", "--loader", choices=LOADERS, default="wds", help="read shards or folders (default: %(default)s)")
     add("--data", metavar="DIR", default="./data", help="orig: path to the dataset (default: %(default)s)")
-    add("--shards", metavar="DIR", default="./shards", help=f"wds: folder or URL with {INDEX} (default: %(default)s)")
-    add("--trainshards", metavar="URLS", help="wds: pattern of the training shards (default: beside the index)")
-    add("--valshards", metavar="URLS", help="wds: pattern of the validation shards (default: beside the index)")
+    add("--shards", metavar="URL", default="./shards", help="wds: folder, URL, or URL with {} (default: %(default)s)")
+    add("--index", metavar="URL", help=f"wds: path or URL of the index (default: {INDEX} in --shards)")
     add("--shuffle", type=number, default=1000, metavar="N", help="wds: shuffle buffer size (default: %(default)s)")
     add("--decode", choices=DECODERS, default="tensor", help="JPEG decoder: fast or Pillow (default: %(default)s)")
     add("--augmentation", choices=["full", "simple"], default="full", help="simple: center crop (default: %(default)s)")
@@ -116,9 +115,6 @@ def parse_args():
     if args.arch not in ARCHS:
         close = difflib.get_close_matches(args.arch, ARCHS) or ["resnet18", "resnet50"]
         fail(f"--arch {args.arch}: not a single-output torchvision classifier; try {', '.join(close)}")
-    nodes = max(args.world_size, 1)
-    if args.rank >= nodes or (nodes > 1 and args.rank < 0):
-        fail(f"--rank {args.rank}, --world-size {args.world_size}: give both, the rank from 0 to {nodes - 1}")
     return args
 
 
@@ -142,30 +138,18 @@ def fail(message):
     raise DataError(message)
 
 
-def usage_error(message):
-    hint = "; quote patterns such as 'a-{0..9}.tar', or the shell expands them" if ".tar" in message else ""
-    fail(message + hint)
-
-
 def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def print_line(line, error=False):
-    """Print a line, without the passwords in URLs. Write errors (closed terminal, full disk) do not stop training."""
+    """Print a line, its control characters escaped. A closed terminal or a full disk does not end training."""
     file = sys.stderr if error else sys.stdout
-    if not file:  # it was closed before the start
-        return
+    line = "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)
     try:
-        line = re.sub(r"://\S*@", "://", line).encode(file.encoding or "utf-8", "backslashreplace")
-        file.write(line.decode(file.encoding or "utf-8") + "\n")  # in one write: other processes write there too
-        file.flush()
+        print(line, file=file, flush=True)
     except OSError:  # discard what follows; else Python would fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
-def print_error(message):
-    print_line(f"{os.path.basename(sys.argv[0])}: {message}", error=True)
 
 
 # ---------------------------------------------------------------------------- main
@@ -173,62 +157,61 @@ def print_error(message):
 
 def main():
     try:
-        start(parse_args())
+        args = parse_args()
+        torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+        if torchrun:
+            args.dist_url = "env://"
+            args.multiprocessing_distributed = False
+        if args.dist_url == "env://":  # counts processes or, with --multiprocessing-distributed, nodes
+            if args.world_size == -1:
+                args.world_size = from_environment("WORLD_SIZE")
+            if args.rank == -1:
+                args.rank = from_environment("RANK")
+        args.world_size = max(args.world_size, 1)
+        if args.world_size == 1 and args.rank == -1:
+            args.rank = 0
+        if not 0 <= args.rank < args.world_size:
+            fail(f"--rank {args.rank} --world-size {args.world_size}: give a rank from 0 to {args.world_size - 1}")
+        if torchrun:
+            main_worker(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), args)
+        elif args.multiprocessing_distributed:
+            spawn(args)
+        else:
+            main_worker(args.gpu, 1, args)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except mp.ProcessExitedException as error:
-        if error.exit_code < 0:  # else the process has printed the reason
-            print_error(f"{error}; the other processes of this node were terminated")
-        sys.exit(max(error.exit_code, 1))
     except Exception as error:
-        # an error of a spawned process arrives as the text of its traceback
+        # that of a data worker or of a spawned process arrives as the text of its traceback
         _, is_data_error, message = f"{type(error).__name__}: {error}".rpartition("DataError: ")
         if not is_data_error:
             raise
-        print_error(message.strip())
+        print_line(f"{os.path.basename(sys.argv[0])}: {message.strip()}", error=True)
         sys.exit(2)
 
 
-def start(args):
-    """Run as one of torchrun's processes, start the processes of this node, or run as the only process."""
-    args.start_method = mp.get_start_method()
-    if sys.platform == "linux":  # Python 3.14's forkserver would pickle the dataset, and exits on signals to the group
-        args.start_method = "fork"
-    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
-    if torchrun:
-        args.dist_url = "env://"
-        args.multiprocessing_distributed = False
-    if args.dist_url == "env://":
-        for name in ("RANK", "WORLD_SIZE"):  # of this process, or with --multiprocessing-distributed of this node
-            if not os.environ.get(name, "").isdecimal():
-                fail(f"--dist-url env://: {name} is not set in the environment; torchrun sets it")
-            setattr(args, name.lower(), int(os.environ[name]))
-    args.rank = max(args.rank, 0)
-    args.world_size = max(args.world_size, 1)
-    if args.rank >= args.world_size:
-        fail(f"RANK {args.rank}, WORLD_SIZE {args.world_size}: the rank must be from 0 to {args.world_size - 1}")
-    if torchrun:
-        run_worker(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), args)
-    elif args.multiprocessing_distributed:
-        has_gpus = torch.accelerator.is_available() and not args.no_accel
-        spawn(torch.accelerator.device_count() if has_gpus else 2, args)
-    else:
-        run_worker(args.gpu, 1, args)
+def from_environment(name):
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        fail(f"--dist-url env://: {name} is not set in the environment; torchrun sets it")
+    return int(value)
 
 
-def spawn(nprocs, args):
-    """Run the processes of this node. A signal may be sent to this process only, so it is forwarded."""
-    args.world_size *= nprocs
-    context = mp.spawn(run_worker, (nprocs, args), nprocs=nprocs, join=False)
+def spawn(args):
+    """Start the processes of this node. A signal that only this process gets is forwarded to them."""
+    has_gpus = torch.accelerator.is_available() and not args.no_accel
+    ngpus_per_node = torch.accelerator.device_count() if has_gpus else 2
+    args.world_size *= ngpus_per_node
+    context = mp.spawn(main_worker, (ngpus_per_node, args), nprocs=ngpus_per_node, join=False)
     received = []
 
-    def pass_on(number, _):
+    def forward(number, _):
         received.append(number)
         for process in context.processes:
-            process.terminate()
+            if process.is_alive():
+                os.kill(process.pid, received[0])
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     try:
         while not context.join():
             pass
@@ -239,42 +222,27 @@ def spawn(nprocs, args):
         sys.exit(128 + received[0])
 
 
-def run_worker(gpu, ngpus_per_node, args):
-    """main_worker(), with a readable error if the connection to another rank or a data worker fails."""
-    try:
-        main_worker(gpu, ngpus_per_node, args)
-        if args.distributed:
-            dist.destroy_process_group()
-    except (RuntimeError, OSError, EOFError) as error:
-        text = str(error)
-        if "shared memory" in text or "No space left on device" in text:
-            fail("/dev/shm is full: lower --workers or --batch-size, or enlarge it (docker run --shm-size)")
-        if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
-            fail(f"a data worker died ({first_line(error)}); if out of memory, lower --workers or --batch-size")
-        if not args.distributed or not (isinstance(error, dist.DistError) or "gloo" in text):
-            raise
-        if re.search("connection (closed|reset) by|broken pipe|remote process exit", text, re.IGNORECASE):
-            time.sleep(5)  # let the other rank print its reason first
-            reason = f"which failed or was killed ({first_line(error)})"
-            fail(f"rank {args.rank} lost the connection to another rank, {reason}")
-        fail(f"rank {args.rank}: {text}")
-
-
 def main_worker(gpu, ngpus_per_node, args):
     """Train and validate in one of the ngpus_per_node processes of this node."""
-    mp.set_start_method(args.start_method, force=True)  # with mp.spawn's, data workers take seconds to start
+    if sys.platform == "linux":  # mp.spawn's children would spawn data workers, too, which takes seconds
+        mp.set_start_method("fork", force=True)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack letters of file names
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
-    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would drop all batches, silently
-        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
     if args.batch_size < ngpus_per_node:
         fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
-    args.ngpus_per_node = ngpus_per_node
-    device = pick_device(gpu, args)
+    if args.rank == 0 and not args.evaluate and not os.access(".", os.W_OK):
+        fail("can't write checkpoints to the current folder; run in another one")
+    device = pick_device(gpu, ngpus_per_node, args)
     args.device = device
-    init_process_group(args)
-    check_ranks_agree(args, shared_options(args))
+    if args.distributed:
+        backend = args.dist_backend
+        if backend == "nccl":
+            backend = dist.get_default_backend_for_device(device)  # e.g. gloo on a CPU
+        dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+    options = shared_options(args)
     args.batch_size //= ngpus_per_node
     args.workers = math.ceil(args.workers / ngpus_per_node)
     if ngpus_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # else the processes compete for the cores
@@ -311,31 +279,36 @@ def main_worker(gpu, ngpus_per_node, args):
         }
 
     say(args, f"=> decoding JPEGs with {'Pillow' if args.decode == 'pil' else jpeg_decoder()[0]}")
-    check_image_size(model, args)
-    run = Run(args, state)
+    args.data_seed = choose_seed(args, checkpoint)
     make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]
-    val_loader = DeviceLoader(make_val_loader(args), run)
-    train_loader = None if args.evaluate else DeviceLoader(make_train_loader(args), run, checkpoint)
+    run = Run(args, state)
+    val_loader = RunLoader(make_val_loader(args), run)
+    train_loader = None if args.evaluate else RunLoader(make_train_loader(args), run, checkpoint)
+    contents = [loader.contents for loader in (val_loader, train_loader) if loader is not None]
+    weights = list(model.parameters())[-1].detach().cpu().numpy()  # differ between any two checkpoints
+    facts = {"checkpoint's epoch": checkpoint["epoch"], "checksum of its weights": zlib.crc32(weights.tobytes())}
+    check_ranks_agree(args, {**options, **facts, "data": contents})
+    epochs = range(first_epoch, args.epochs)
     if args.evaluate:
         validate(val_loader, model, criterion, args)
-        return
-    check_ranks_agree(args, {"number of batches": len(train_loader)})
-    check_writable(args)
-    if first_epoch >= args.epochs:
+        epochs = ()
+    elif not epochs:
         say(args, f"=> all epochs are done (--epochs {args.epochs}); increase it to continue")
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in epochs:
         set_seed(args, epoch)
         train_loader.set_epoch(epoch)
-        train(train_loader, model, criterion, optimizer, epoch, device, args, train_loader.first_step)
+        train(train_loader, model, criterion, optimizer, epoch, device, args)
         acc1 = validate(val_loader, model, criterion, args)
         scheduler.step()
         is_best = acc1 > best_acc1
         best_acc1 = max(acc1, best_acc1)
         if args.rank == 0:
             save_checkpoint(state(epoch + 1), is_best)
+    if args.distributed:
+        dist.destroy_process_group()
 
 
-def pick_device(gpu, args):
+def pick_device(gpu, ngpus_per_node, args):
     """The accelerator (CUDA, or whichever PyTorch finds) with index --gpu or gpu, else the CPU."""
     if args.no_accel or not torch.accelerator.is_available():
         if args.gpu is not None and not args.no_accel:
@@ -347,28 +320,16 @@ def pick_device(gpu, args):
     index = args.gpu if args.gpu is not None and not args.multiprocessing_distributed else (gpu or 0) % count
     if not 0 <= index < count:
         fail(f"--gpu {index}: this machine has {count} GPUs, numbered from 0")
-    if 1 < count < args.ngpus_per_node:
-        fail(f"{args.ngpus_per_node} processes on this node, but it has {count} GPUs: start one process per GPU")
+    if 1 < count < ngpus_per_node:
+        fail(f"{ngpus_per_node} processes on this node, but it has {count} GPUs: start one process per GPU")
     if count > 1:
         torch.accelerator.set_device_index(index)
     return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
-def init_process_group(args):
-    if not args.distributed:
-        return
-    backend = args.dist_backend
-    try:
-        if backend == "nccl":
-            backend = dist.get_default_backend_for_device(args.device)  # e.g. gloo on a CPU
-        dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
-    except (RuntimeError, ValueError) as error:
-        fail(f"--dist-url {args.dist_url}, --dist-backend {backend}: the ranks can't meet: {error}")
-
-
 def shared_options(args):
     """{option: value} of those that must be the same on all nodes."""
-    of_a_node = {"data", "shards", "trainshards", "valshards", "resume", "dist_url", "ngpus_per_node"}
+    of_a_node = {"data", "shards", "index", "resume", "dist_url"}
     of_a_rank = {"rank", "gpu", "device"}
     shared = vars(args).keys() - of_a_node - of_a_rank
     options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(shared)}
@@ -376,7 +337,7 @@ def shared_options(args):
 
 
 def check_ranks_agree(args, values):
-    """Raise DataError if a value differs between ranks; training would hang otherwise."""
+    """Raise DataError if a value differs between ranks: training would hang, or not be what was asked for."""
     if not args.distributed:
         return
     by_rank = [None] * args.world_size
@@ -434,7 +395,7 @@ def make_train_loader_orig(args):
 def make_val_loader_orig(args):
     """Batches of DIR/val, in order. Under DDP each sample goes to one rank only, so that none counts twice."""
     dataset = open_folder(args, "val")
-    return make_loader(args, Subset(dataset, range(args.rank, len(dataset), args.world_size)))
+    return make_loader(args, dataset, sampler=range(args.rank, len(dataset), args.world_size))
 
 
 def make_loader(args, dataset, **order):
@@ -460,7 +421,6 @@ def open_folder(args, split):
         fail(f"{args.data}: train/ and val/ have different class folders, e.g. {', '.join(differing[:5])}")
     if len(classes) > NUM_CLASSES:
         fail(f"{args.data}: {len(classes)} class folders, but the model has {NUM_CLASSES} outputs")
-    check_ranks_agree(args, {f"number of {split} images": len(dataset)})
     say(args, f"=> {split}: {len(dataset)} images, {len(classes)} classes")
     return dataset
 
@@ -468,7 +428,7 @@ def open_folder(args, split):
 def make_transform(args, split):
     """From a decoded image to what the workers return. Random in training, unless --augmentation simple.
 
-    --decode pil: float32 (3, S, S), normalized. --decode tensor: uint8 (S, S, 3), which DeviceLoader normalizes.
+    --decode pil: float32 (3, S, S), normalized. --decode tensor: uint8 (S, S, 3), which to_device() normalizes.
     """
     size = args.image_size
     stages = [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
@@ -493,7 +453,7 @@ def decode_pil(data):
         raise DataError(f"not a readable image ({reason})") from error
 
 
-def load_image(path, decode=decode_pil):
+def load_image(path, decode):
     """An image from its file. DataError names the file if it can't be read or decoded."""
     try:
         with open(path, "rb") as file:
@@ -507,8 +467,8 @@ def load_image(path, decode=decode_pil):
 # ---------------------------------------------------------------------------- train, validate
 
 
-def train(train_loader, model, criterion, optimizer, epoch, device, args, first_step=0):
-    """Train for an epoch, or for the rest of it. `Data`: seconds of `Time` spent waiting for the loader."""
+def train(train_loader, model, criterion, optimizer, epoch, device, args):
+    """Train for an epoch. `Data`: seconds of `Time` spent waiting for the loader."""
     batch_time = AverageMeter("Time", ":6.3f")
     data_time = AverageMeter("Data", ":6.3f")
     losses = AverageMeter("Loss", ":.4e")
@@ -517,8 +477,8 @@ def train(train_loader, model, criterion, optimizer, epoch, device, args, first_
     progress = ProgressMeter(len(train_loader), [batch_time, data_time, losses, top1, top5], f"Epoch: [{epoch}]")
     model.train()
     end = time.time()
-    i = first_step - 1
-    for i, (images, target) in enumerate(train_loader, first_step):
+    i = train_loader.first_step - 1
+    for i, (images, target) in enumerate(train_loader, train_loader.first_step):
         data_time.update(time.time() - end)
         images = images.to(device, non_blocking=True, memory_format=args.memory_format)
         target = target.to(device, non_blocking=True)
@@ -588,47 +548,37 @@ def validate(val_loader, model, criterion, args):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def check_writable(args):
-    """Report now, not after the first epoch, if no checkpoint can be written to the current folder."""
-    try:
-        if args.rank == 0:
-            tempfile.TemporaryFile(dir=".").close()
-    except OSError as error:
-        fail(f"can't write checkpoints to the current folder ({error.strerror}); run in another one")
-
-
 def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     """Write the state. The previous file stays until the new one is complete and on disk."""
-    buffer = io.BytesIO()  # torch.save() to a file would not report a full disk
-    torch.save(state, buffer)
     # the best first: otherwise it would be missing after a kill between the two
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
-        partial = f"{name}.{os.urandom(4).hex()}.partial"  # another run may use this folder
+        path = os.path.realpath(name)  # a link stays, and its target is replaced
+        partial = f"{path}.{os.urandom(4).hex()}.partial"  # another run may use this folder
         try:
             with open(partial, "wb") as file:
-                file.write(buffer.getbuffer())
+                torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, name)
-        except OSError as error:
+            os.replace(partial, path)
+        except Exception as error:
+            cause = error.__context__ or error  # torch.save() hides it, e.g. of a full disk, in a RuntimeError
+            if not isinstance(cause, OSError):
+                raise
+            fail(f"can't write {name} ({cause.strerror})")
+        finally:
             if os.path.exists(partial):
                 os.unlink(partial)
-            fail(f"can't write {name} to the current folder ({error.strerror})")
 
 
 def load_checkpoint(args, model, optimizer, scheduler):
     """Load --resume, also one of pytorch/examples, into all three and return it; an initial one if there is none."""
-    checkpoint = {"epoch": 0, "best_acc1": 0.0}
     if args.resume and os.path.isfile(args.resume):
-        checkpoint = read_checkpoint(args, getattr(model, "module", model), optimizer, scheduler)
-    elif args.resume and args.evaluate:
+        return read_checkpoint(args, getattr(model, "module", model), optimizer, scheduler)
+    if args.resume and args.evaluate:
         fail(f"--resume {args.resume}: no checkpoint found there")
-    elif args.resume:
+    if args.resume:
         say(args, f"=> no checkpoint found at '{args.resume}': training starts from the beginning")
-    found = {"--resume: checkpoint found": "arch" in checkpoint, "epoch": checkpoint["epoch"]}
-    last = list(model.parameters())[-1].detach().cpu().numpy()  # differs between any two checkpoints
-    check_ranks_agree(args, {**found, "checksum of the weights": zlib.crc32(last.tobytes())})
-    return checkpoint
+    return {"epoch": 0, "best_acc1": 0.0}
 
 
 def read_checkpoint(args, model, optimizer, scheduler):
@@ -723,9 +673,68 @@ def accuracy(output, target, topk=(1,)):
     return [100 * hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
-# ============================================================================ the shards
-# From here on, main-wds.py only adds to main-orig.py: the loaders and their pipeline, its stages, the transfer to the
-# device, and how a run is stopped and resumed.
+# ============================================================================ the lesson
+# From here on, main-wds.py only adds to main-orig.py. This first part is what training from shards takes, in the order
+# in which a sample passes it: a worker's pipeline, what each worker reads, reading, decoding, batching, the device.
+
+
+class ShardDataset(IterableDataset):
+    """The (images, target) batches of one rank. Each worker of its DataLoader runs the pipeline for a part of them."""
+
+    def __iter__(self):
+        """A worker's batches of an epoch."""
+        epoch, step = self.position.tolist()
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        worker = (info.id + step) % workers if info else 0  # the DataLoader always asks its worker 0 for the first step
+        earlier_steps = len(range(worker, step, workers))  # of this worker: worker, worker + workers, ...
+        seed = f"{self.seed} {epoch}"
+        rng = random.Random(f"{seed} {self.rank} {worker}")
+        batched = wds.batched(self.batch_size, collation_fn=default_collate)
+        if self.reuse_memory:
+            batched = batched_in_place(self.batch_size)
+        pipeline = wds.DataPipeline(
+            functools.partial(self.plan, epoch, worker, workers),  # 1. (shard, first, last): the samples to read
+            read_shards(self.urls, self.lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
+            wds.shuffle(self.shuffle, rng=rng),  # 3. the same, shuffled in a buffer
+            wds.slice(earlier_steps * self.batch_size, None),  # 4. after a resume, without those of earlier steps
+            decode_samples(self.transform, seed),  # 5. (image, class)
+            batched,  # 6. (images, target)
+        )
+        return iter(pipeline)
+
+    def __init__(
+        self, urls, lengths, transform, batch_size, rank=0, world_size=1, shuffle=1000, seed=0, train=True,
+        reuse_memory=False,
+    ):  # fmt: skip
+        """The batches of any training loop; give DataLoader(dataset, batch_size=None) the number of workers.
+
+        urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
+        transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
+        shuffle: size of each worker's shuffle buffer, in samples. seed: must be the same on all ranks.
+        train: False reads each sample once, in order, without repeating any for ranks to get the same number.
+        reuse_memory: 9 % faster, but later batches overwrite the images: copy each batch before requesting the next.
+
+        images: (B, *shape); target: int64 (B). DataError names a shard or sample that can't be read.
+        """
+        super().__init__()
+        self.urls = urls
+        self.lengths = lengths
+        self.transform = transform
+        self.batch_size = batch_size
+        self.rank = rank
+        self.shuffle = shuffle if train else 0
+        self.seed = seed
+        self.reuse_memory = reuse_memory
+        self.plan = functools.partial(plan, lengths, batch_size, rank, world_size, seed if train else None)
+        self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with persistent workers
+
+    def __len__(self):
+        return math.ceil(sum(last - first for _, first, last in self.plan()) / self.batch_size)
+
+    def set_epoch(self, epoch, step=0):
+        """The next iteration reads this epoch, from this step on. Without it, all epochs have the same order."""
+        self.position[:] = torch.tensor([epoch, step])
 
 
 def make_train_loader_wds(args):
@@ -739,44 +748,18 @@ def make_val_loader_wds(args):
 
 
 def make_loader_wds(args, split):
-    urls, lengths, names = find_shards(args, split)
+    urls, lengths, checksum = find_shards(args, split)
     transform = v2.Compose([DECODERS[args.decode], make_transform(args, split)])
-    loader = shard_loader(
-        urls, lengths, transform, args.batch_size, args.workers, args.rank, args.world_size, args.shuffle,
-        args.seed or 0, train=split == "train", pin_memory=args.device.type == "cuda",
-        reuse_memory=args.decode == "tensor",  # DeviceLoader converts these bytes immediately
+    dataset = ShardDataset(
+        urls, lengths, transform, args.batch_size, args.rank, args.world_size, args.shuffle, args.data_seed,
+        train=split == "train", reuse_memory=args.decode == "tensor",  # to_device() converts these bytes immediately
     )  # fmt: skip
-    loader.shards = list(zip(names, lengths, strict=True))
-    check_ranks_agree(args, {f"checksum of the list of {split} shards": zlib.crc32(repr(loader.shards).encode())})
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=args.workers, pin_memory=args.device.type == "cuda",
+        persistent_workers=args.workers > 0, prefetch_factor=PREFETCH if args.workers else None,
+    )  # fmt: skip
+    loader.checksum = checksum
     return loader
-
-
-def shard_loader(
-    urls, lengths, transform, batch_size, workers, rank=0, world_size=1, shuffle=1000, seed=0, train=True,
-    num_classes=NUM_CLASSES, pin_memory=False, reuse_memory=False,
-):  # fmt: skip
-    """A DataLoader of one rank's (images, target) batches, for any training loop.
-
-    urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
-    transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
-    shuffle: size of each worker's shuffle buffer, in samples; seed: must be the same on all ranks.
-    reuse_memory: 9 % faster, but later batches overwrite the images: copy each batch before requesting the next.
-
-    images: (B, *shape); target: int64 (B). Call loader.dataset.set_epoch(epoch) before each epoch. In training, each
-    batch seeds `random` and torch in its process. DataError names a shard or sample that can't be read.
-    """
-    dataset = ShardPipeline(lengths, batch_size, rank, world_size, seed, train)
-    batched = functools.partial(batched_in_place, batch_size=batch_size)
-    dataset.pipeline = [
-        dataset.pieces,  # 1. (shard, first, last): what this worker reads in this epoch
-        functools.partial(read_shards, urls=urls, lengths=lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
-        wds.shuffle(shuffle if train else 0, rng=dataset.rng),  # 3. shuffled in a buffer
-        dataset.skip_done,  # 4. skips the samples before the step to resume at
-        functools.partial(decode_samples, transform=transform, num_classes=num_classes),  # 5. (image, class)
-        batched if reuse_memory else wds.batched(batch_size, collation_fn=default_collate),  # 6. (images, target)
-    ]
-    options = {"prefetch_factor": PREFETCH, "persistent_workers": True} if workers else {}
-    return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
 
 
 LOADERS = {
@@ -786,46 +769,6 @@ LOADERS = {
 
 
 # ---------------------------------------------------------------------------- which worker reads what
-
-
-class ShardPipeline(wds.DataPipeline):
-    """A pipeline that knows its number of batches and the order of its samples, which set_epoch() changes."""
-
-    def __init__(self, lengths, batch_size, rank, world_size, seed, train):
-        super().__init__()
-        self.batch_size = batch_size
-        self.seed_prefix = f"{seed} {rank}"
-        self.train = train
-        self.plan = functools.partial(plan, lengths, batch_size, rank, world_size, seed if train else None)
-        self.rng = random.Random()
-        self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with persistent workers
-
-    def __len__(self):
-        return math.ceil(sum(last - first for _, first, last in self.plan()) / self.batch_size)
-
-    def set_epoch(self, epoch, step=0):
-        """The next iteration reads this epoch, from this step on."""
-        self.position[:] = torch.tensor([epoch, step])
-
-    def pieces(self):
-        """Stage 1: what this worker reads. Also seeds the stages that follow for this epoch and worker."""
-        epoch, step = self.position.tolist()
-        info = get_worker_info()
-        workers = info.num_workers if info else 1
-        # the DataLoader always starts with worker 0; after a resume, that one continues as worker step % workers
-        worker = (info.id + step) % workers if info else 0
-        self.done = math.ceil((step - worker) / workers) * self.batch_size
-        self.seed = f"{self.seed_prefix} {epoch} {worker}"
-        self.rng.seed(self.seed)
-        return self.plan(epoch, worker, workers)
-
-    def skip_done(self, samples):
-        """Stage 4: the samples from the first step on. The first sample of a batch has the seed of its augmentation."""
-        for i, sample in enumerate(samples):
-            if self.train and i % self.batch_size == 0:
-                sample["__seed__"] = f"{self.seed} {i}"
-            if i >= self.done:
-                yield sample
 
 
 def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_workers=1):
@@ -864,132 +807,12 @@ def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_wor
     return pieces
 
 
-# ---------------------------------------------------------------------------- finding and reading the shards
+# ---------------------------------------------------------------------------- reading
 
-INDEX = "_info.json"
-INDEX_NAMES = {"train": "train", "val": "validation"}  # the splits' names in the index
 IMAGES = {ending.lstrip(".") for ending in datasets.folder.IMG_EXTENSIONS}  # file extensions; the class is in "cls"
-TIMEOUT = 60  # seconds that an http server may be silent
-PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote shard is read again; their sum is five minutes
 
 
-def find_shards(args, split):
-    """(urls, lengths, names) of the shards of a split, "train" or "val", after checking the index."""
-    patterns = {"train": args.trainshards, "val": args.valshards}
-    urls, lengths, names, classes = list_shards(args.shards, split, patterns[split])
-    for url in urls:
-        if is_local(url) and not os.path.exists(url):
-            fail(f"{url}: the index lists this shard, but it does not exist")
-    if not sum(lengths):
-        fail(f"{patterns[split] or args.shards}: no samples in the {split} shards")
-    if split == "train" and sum(lengths) < args.world_size:
-        fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
-    if len(classes) > NUM_CLASSES:
-        fail(f"--shards {args.shards}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
-    if split == "val" and not args.evaluate:
-        *_, others = list_shards(args.shards, "train", args.trainshards)
-        if classes and others and classes != others:
-            differing = ", ".join(sorted(set(classes) ^ set(others))[:5]) or "their order"
-            fail(f"training and validation shards have different classes: {differing}; write both in one run")
-    number = f", {len(classes)} classes" if classes else ""
-    shards = "1 shard" if len(urls) == 1 else f"{len(urls)} shards"
-    say(args, f"=> {split}: {sum(lengths)} images in {shards}{number}")
-    return urls, lengths, names
-
-
-def list_shards(folder, split, pattern=None):
-    """(urls, lengths, names, classes) of a split's shards, from the index in a folder or at a URL.
-
-    The shards are beside the index, or where a pattern says; an index beside them then takes precedence.
-    """
-    folder = folder.rstrip("/")
-    check_scheme(folder)
-    if not pattern:
-        entry = read_index(folder).get(INDEX_NAMES[split])
-        if not entry:
-            fail(f"--shards {folder}: no {INDEX} there that lists {split} shards; check --shards, or run makeshards.py")
-        names = entry["filenames"]
-        return [f"{folder}/{name}" for name in names], entry["shard_lengths"], names, entry["classes"]
-    urls = expand(pattern)
-    index = {}
-    if is_local(urls[0]) or urls[0].startswith("http"):
-        index = read_index(os.path.dirname(urls[0]) or ".")
-    index = index or read_index(folder)
-    if not index:
-        fail(f"{pattern}: no {INDEX} beside the shards or in --shards {folder}; write one with makeshards.py --index")
-    own = index.pop(INDEX_NAMES[split], None)
-    entries = list(index.values())
-    if own:
-        entries.append(own)  # last: its names take precedence
-    lengths = {}
-    for entry in entries:
-        classes = entry["classes"]
-        lengths.update(zip(map(os.path.basename, entry["filenames"]), entry["shard_lengths"], strict=True))
-    names = []
-    for url in urls:
-        found = file_names(url) & lengths.keys()
-        if len(found) != 1:
-            fail(f"{url}: matches {len(found)} shards in the index, must be 1; makeshards.py --index writes another")
-        names += found
-    return urls, [lengths[name] for name in names], names, classes
-
-
-def read_index(folder):
-    """{split: its entry in the index} of a folder or URL; {} if there is no index. DataError if it is invalid."""
-    try:
-        with wds.gopen(f"{folder}/{INDEX}") as stream:
-            data = stream.read()
-        index = json.loads(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)
-        for entry in index["splits"].values():
-            names, lengths = entry["filenames"], entry["shard_lengths"]
-            entry["classes"] = entry.get("classes") or index.get("classes") or []
-            for name in names:
-                if name.startswith("/") or ":" in name or ".." in name.split("/"):  # it could run a command
-                    raise ValueError(f"{name} is outside the index's folder")
-            if not len(set(names)) == len(names) == len(lengths) or sum(lengths) != entry["num_samples"]:
-                raise ValueError("filenames, shard_lengths and num_samples are inconsistent")
-            if min(lengths, default=0) < 0:
-                raise ValueError("a negative length")
-        return index["splits"]
-    except Exception as error:  # of any type, if it is another kind of file
-        if isinstance(error, FileNotFoundError) or getattr(error, "code", None) in (403, 404):
-            return {}
-        if isinstance(error, OSError):
-            fail(f"{folder}/{INDEX}: can't be read ({reason(error)})")
-        what = f"{type(error).__name__}: {reason(error)}"
-        fail(f"{folder}/{INDEX}: not an index of shards ({what}); makeshards.py --index writes one")
-
-
-def expand(pattern):
-    """The paths, URLs and commands of a pattern: braces are expanded and, in paths, globs."""
-    try:
-        urls = expand_urls(pattern)
-    except (ValueError, AssertionError) as error:  # unbalanced braces, unknown variables
-        fail(f"{pattern}: {first_line(error)}")
-    found = []
-    for url in urls:
-        if is_local(url) and not os.path.exists(url):
-            found += sorted(glob.glob(url)) or fail(f"{url}: no shard matches")
-        else:
-            check_scheme(url)
-            found.append(url)
-    return found
-
-
-def check_scheme(url):
-    if not is_local(url) and url.partition(":")[0] not in wds.gopen_schemes:
-        fail(f"{url}: webdataset can't open such URLs; use --trainshards and --valshards with a pipe: command")
-
-
-def file_names(url):
-    """The words of a path, URL or command that may be the file name of its shard."""
-    return {word.rpartition("/")[2] for word in re.split(r"[\s'\"|;<>?&=]+", url)}
-
-
-def is_local(url):
-    return not ("://" in url or url.startswith("pipe:"))
-
-
+@wds.pipelinefilter  # read_shards(urls, lengths) is then a stage: it gets the pieces when the pipeline runs
 def read_shards(pieces, urls, lengths):
     """Stage 2: the samples of the pieces."""
     for shard, first, last in pieces:
@@ -997,90 +820,57 @@ def read_shards(pieces, urls, lengths):
 
 
 def read_shard(url, length, first, last):
-    """The samples first <= i < last of a shard of `length` samples; DataError if it is damaged or has another length.
-
-    A remote shard is reopened, skipping the samples already read. The pauses grow, and are reset after each new sample.
-    """
-    done = first
-    pauses = iter(PAUSES)
-    while True:
-        count = 0
-        try:
-            for sample in read_tar(url):
-                count += 1
-                if done < count <= last:
-                    yield sample
-                    done = count
-                    pauses = iter(PAUSES)
-                if count == last < length:  # another worker reads the rest
-                    return
-            if count == length:
-                return
-            problem = f"{count} samples, but {length} in its index"
-            temporary = count < length  # a connection that breaks may look like the end of the tar
-        except Exception as error:  # a damaged tar may raise nearly anything
-            problem = f"broken after {count} of its {length} samples ({reason(error)})"
-            temporary = getattr(error, "code", 500) in (408, 429, *range(500, 600))  # any other http status is final
-            temporary = temporary and not isinstance(error, (FileNotFoundError, ImportError))  # a program is missing
-        pause = next(pauses, None)
-        if is_local(url) or not temporary or pause is None:
-            fail(f"{url}: {problem}")
-        print_line(f"{url}: {problem}; retrying in {pause} s", error=True)
-        time.sleep(pause)
+    """The samples first <= i < last of a shard. DataError if it is damaged or does not have `length` samples."""
+    end = None if last == length else last  # who reads the last sample also reads on, to see that no more follow
+    return itertools.islice(retry(url, functools.partial(read_tar, url, length)), first, end)
 
 
-def read_tar(url):
+def read_tar(url, length):
     """The samples of a shard, undecoded: {"__url__", "__key__", "jpg" or another extension: bytes, "cls": bytes}."""
+    count = 0
     with wds.gopen(url) as stream:
         set_options(stream, ignore_errors=True)  # of a command's exit status: it is killed if only a part is read
         for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
             if len(IMAGES & sample.keys()) != 1 or "cls" not in sample:
                 raise ValueError(f"sample {sample['__key__']} does not hold one image and one class")
             yield sample
+            count += 1
+    if count != length:
+        error = EOFError if count < length else DataError  # a connection that breaks may look like the end of the tar
+        raise error(f"{count} samples, but {length} in its index")
 
 
-def reason(error):
-    """The message of an error without webdataset's additions, such as " @ <_io.BufferedReader name='a.tar'>"."""
-    text = error.args[0] if error.args else None
-    if isinstance(error, HTTPError) or not isinstance(text, str):
-        return first_line(error) if isinstance(error, OSError) else type(error).__name__
-    return re.split(r" @ <| dict_keys", text)[0]
+# ---------------------------------------------------------------------------- decoding
 
 
-def open_http(url, mode="rb", bufsize=None):
-    """Replaces curl in wds.gopen(): a silent server is an error, and the status of a failure is known."""
-    if "@" in url.split("/")[2]:
-        raise ValueError("a user name or password in a URL; use pipe:curl with --netrc instead")
-    try:
-        return urllib.request.urlopen(url, timeout=TIMEOUT)
-    except HTTPError as error:
-        error.close()  # its connection: webdataset keeps the error alive until garbage collection
-        raise
-
-
-wds.gopen_schemes.update(http=open_http, https=open_http)
-
-
-# ---------------------------------------------------------------------------- decoding, batching
-
-PREFETCH = 2  # batches that a worker prefetches; batched_in_place() relies on it
-
-
-def decode_samples(samples, transform, num_classes):
-    """Stage 5: (image, class) of each sample."""
+@wds.pipelinefilter
+def decode_samples(samples, transform, seed):
+    """Stage 5: (image, class) of each sample. Its augmentation depends on the seed and its key, not on the order."""
     for sample in samples:
-        if "__seed__" in sample:
-            random.seed(sample["__seed__"])
-            torch.default_generator.manual_seed(random.getrandbits(63))
         try:
             label = sample["cls"].strip()
-            if not label.isdigit() or len(label) > 9 or int(label) >= num_classes:
-                fail(f"its class {label[:20].decode(errors='replace')!r} is not a number from 0 to {num_classes - 1}")
+            if not label.isdigit() or len(label) > 9 or int(label) >= NUM_CLASSES:
+                fail(f"its class {label[:20].decode(errors='replace')!r} is not a number from 0 to {NUM_CLASSES - 1}")
             (ending,) = IMAGES & sample.keys()
-            yield transform(sample[ending]), int(label)
+            with seeded(f"{seed} {sample['__key__']}"):
+                image = transform(sample[ending])
         except DataError as error:
-            name = f"{sample['__url__']}: sample {sample['__key__']}".replace("\n", " ")
-            raise DataError(f"{name}: {error}") from error
+            raise DataError(f"{sample['__url__']}: sample {sample['__key__']}: {error}") from error
+        yield image, int(label)
+
+
+@contextlib.contextmanager
+def seeded(text):
+    """Seed `random` and torch, then restore their states: without workers, the training loop draws from them, too."""
+    state = random.getstate()
+    torch_state = torch.get_rng_state()
+    random.seed(text)
+    torch.default_generator.manual_seed(random.getrandbits(63))
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        torch.set_rng_state(torch_state)
 
 
 def decode_tensor(data):
@@ -1150,6 +940,12 @@ def channels_last(image):
     return image.permute(1, 2, 0)
 
 
+# ---------------------------------------------------------------------------- batching, the device
+
+PREFETCH = 2  # batches that a worker prefetches; batched_in_place() relies on it
+
+
+@wds.pipelinefilter
 def batched_in_place(samples, batch_size):
     """Stage 6, instead of wds.batched(): each batch of images reuses the memory of the third before it.
 
@@ -1169,173 +965,329 @@ def batched_in_place(samples, batch_size):
         yield blocks[turn][: len(target)], torch.tensor(target)
 
 
-# ---------------------------------------------------------------------------- device transfer, stopping, resuming
+def to_device(batches, device, memory_format=torch.contiguous_format):
+    """The batches on the device. uint8 images (B, H, W, 3) become normalized float32 (B, 3, H, W) there."""
+    mean = 255 * torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
+    std = 255 * torch.tensor(STD, device=device).view(1, 3, 1, 1)
+    for images, target in batches:
+        images = images.to(device, non_blocking=device.type == "cuda")
+        target = target.to(device, non_blocking=device.type == "cuda")
+        if images.dtype == torch.uint8:
+            images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format)
+            images.sub_(mean).div_(std)
+        yield images, target
+
+
+# ============================================================================ the service
+# How a run finds its shards, reads on when a server fails, stops and resumes.
+
+INDEX = "_info.json"
+INDEX_NAMES = {"train": "train", "val": "validation"}  # the splits' names in the index
+
+
+def find_shards(args, split):
+    """(urls, lengths, checksum) of the shards of a split, "train" or "val", after checking the index."""
+    urls, lengths, checksum, classes = list_shards(args.shards, split, args.index)
+    for url in urls:
+        if is_local(url) and not os.path.exists(url):
+            fail(f"{url}: the index lists this shard, but it does not exist")
+    if split == "train" and sum(lengths) < args.world_size:
+        fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
+    if len(classes) > NUM_CLASSES:
+        fail(f"--shards {args.shards}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
+    number = f", {len(classes)} classes" if classes else ""
+    shards = "1 shard" if len(urls) == 1 else f"{len(urls)} shards"
+    say(args, f"=> {split}: {sum(lengths)} images in {shards}{number}")
+    return urls, lengths, checksum
+
+
+def list_shards(address, split, index=None):
+    """(urls, lengths, checksum, classes) of a split's shards, from the index: a path or URL, by default at the address.
+
+    address: a folder, a URL prefix, or a URL or pipe: command in which {} stands for a file's name.
+    checksum: differs between any two lists of shards, as their SHA-256 in the index tell or, if it has none, the names.
+    """
+    content = read_index(address, index)
+    entry = content["splits"].get(INDEX_NAMES[split])
+    if not entry or not entry["num_samples"]:
+        fail(f"--shards {address}: its index lists no {split} samples; check --shards, or run makeshards.py")
+    lengths = entry["shard_lengths"]
+    urls = [file_at(address, name) for name in entry["filenames"]]
+    contents = [entry.get("shard_sha256") or entry["filenames"], lengths]
+    checksum = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    return urls, lengths, checksum, content.get("classes") or []
+
+
+def read_index(address, index=None):
+    """The index, checked. DataError if it can't be read or is not one."""
+    url = file_at(address, INDEX)
+    if index:
+        url = os.path.join(".", index) if is_local(index) else index
+    try:
+        (content,) = retry(url, functools.partial(read_json, url))
+    except DataError as error:
+        fail(f"{error}; check --shards and --index, or write the index with makeshards.py")
+    try:
+        for entry in content["splits"].values():
+            names = entry["filenames"]
+            lengths = entry["shard_lengths"]
+            for name in names:  # it becomes a part of paths, URLs and commands
+                if not re.fullmatch(r"\w[\w./=+-]*", name) or ".." in name:
+                    raise ValueError(f"the file name {name!r}")
+            consistent = len(set(names)) == len(names) == len(lengths) and sum(lengths) == entry["num_samples"]
+            if not consistent or min(lengths, default=0) < 0:
+                raise ValueError("filenames, shard_lengths and num_samples are inconsistent")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        fail(f"{url}: not an index of shards ({what}); makeshards.py --index writes one")
+    return content
+
+
+def read_json(url):
+    """The content of a JSON file, as the only item."""
+    with wds.gopen(url) as stream:
+        data = stream.read()
+    yield json.loads(data)
+
+
+def file_at(address, name):
+    """The path, URL or command of the file with this name."""
+    if is_local(address):
+        return os.path.join(".", address, name)  # with a slash before any colon: gopen() would take it for a URL
+    if "{}" in address:
+        return address.replace("{}", name)
+    if address.startswith("pipe:"):
+        fail(f"--shards {address}: the command must hold {{}}, which stands for the name of a file")
+    return f"{address.rstrip('/')}/{name}"
+
+
+def is_local(url):
+    return not ("://" in url or url.startswith("pipe:"))
+
+
+# ---------------------------------------------------------------------------- reading again
+
+TIMEOUT = 60  # seconds that an http server may be silent
+PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds before a remote file is read again; their sum is five minutes
+
+
+def retry(url, read):
+    """What read() yields. If a server breaks off, read() is called again, and what it has already yielded is skipped.
+
+    The pauses before that grow, and are reset after each new item. DataError if none is left, or if the error is final.
+    """
+    done = 0
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            for item in itertools.islice(read(), done, None):
+                yield item
+                done += 1
+                pauses = iter(PAUSES)
+            return
+        except Exception as error:  # a damaged tar may raise nearly anything
+            problem = f"{url}: can't be read ({reason(error)})"
+            final = isinstance(error, (DataError, FileNotFoundError, ImportError, InvalidURL))
+            if isinstance(error, HTTPError):
+                final = error.code not in (408, 429, *range(500, 600))
+        pause = None if final or is_local(url) else next(pauses, None)
+        if pause is None:
+            fail(problem)
+        print_line(f"{problem}; retrying in {pause} s", error=True)
+        time.sleep(pause)
+
+
+def reason(error):
+    """The message of an error without webdataset's additions, such as " @ <_io.BufferedReader name='a.tar'>"."""
+    text = error.args[0] if error.args else None
+    status = re.search(r"exit -?\d+(?= \(read\))", str(text))
+    if status:  # of a command, whose environment webdataset adds
+        return status[0]
+    if isinstance(error, HTTPError) or not isinstance(text, str):
+        text = getattr(error, "strerror", None) or (first_line(error) if isinstance(error, OSError) else None)
+    return re.split(r" @ <| dict_keys", text or type(error).__name__)[0]
+
+
+def open_http(url, mode="rb", bufsize=None):
+    """Replaces curl in wds.gopen(): a silent server is an error, and the status of a failure is known."""
+    try:
+        return urllib.request.urlopen(quote(url, safe=":/?#[]@!$&'()*+,;=~%"), timeout=TIMEOUT)
+    except HTTPError as error:
+        error.close()  # its connection: webdataset keeps the error alive until garbage collection
+        raise
+
+
+def open_other(url, mode="rb", bufsize=None):
+    fail("webdataset can't open such URLs; use a pipe: command")
+
+
+wds.gopen_schemes.update(http=open_http, https=open_http, __default__=open_other)
+
+
+# ---------------------------------------------------------------------------- stopping
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+class StopSignal:
+    """The number of the first signal that asked this process to stop, 0 before. A later one ends it at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.second_after = math.inf  # until then, a signal is a duplicate: a terminal and torchrun both send one
+        for number in SIGNALS:
+            signal.signal(number, self.note)
+
+    def note(self, number, _):
+        if time.monotonic() > self.second_after:
+            os._exit(128 + number)
+        if not self.number:
+            self.number = number
+            self.second_after = time.monotonic() + 2
+
+
 class Run:
-    """The position of the run, and the signal received, if any."""
+    """Stops between two steps if a rank got a signal, with a checkpoint that holds the position, if there is one."""
 
     def __init__(self, args, state):
         self.args = args
         self.state = state  # state(epoch): what a checkpoint holds
-        self.epoch = 0
-        self.position = None  # what --resume needs to continue within the epoch; None for folders
-        self.signal = 0
-        self.second_after = math.inf  # until then, a signal is a duplicate: a terminal and torchrun both send one
-        self.workers_end = torch.tensor(False).share_memory_()
-        Finalize(None, self.workers_end.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
-        for number in SIGNALS:
-            signal.signal(number, self.note_signal)
-
-    def note_signal(self, number, _):
-        if time.monotonic() > self.second_after:
-            os._exit(128 + number)
-        if not self.signal:
-            self.signal = number
-            self.second_after = time.monotonic() + 2
-
-    def over_ranks(self, number):
-        """The maximum of the number over all ranks."""
-        if not self.args.distributed:
-            return number
-        number = torch.tensor(number, device=self.args.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
+        self.position = None  # see start_position()
+        self.stop_signal = StopSignal()
+        self.ended = torch.tensor(False).share_memory_()  # the workers look at it
+        Finalize(None, self.ended.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
 
     def stop_if_asked(self):
-        """Write a checkpoint and exit if any rank has noted a signal. All ranks call this after the same step."""
-        number = self.over_ranks(self.signal)
+        """All ranks call this after the same step."""
+        number = max_over_ranks(self.args, self.stop_signal.number)
         if not number:
             return
         self.save()
-        self.workers_end.fill_(True)
+        self.ended.fill_(True)
         if self.args.rank == 0:
             what = "nothing was saved since the last complete epoch"
             if self.position:
-                what = f"add --resume checkpoint.pth.tar to continue (epoch {self.epoch}, step {self.position['step']})"
-            print_error(f"stopped by {signal.Signals(number).name}; {what}")
+                where = f"epoch {self.position['epoch']}, step {self.position['step']}"
+                what = f"add --resume checkpoint.pth.tar to continue ({where})"
+            name = signal.Signals(number).name
+            print_line(f"{os.path.basename(sys.argv[0])}: stopped by {name}; {what}", error=True)
         if self.args.distributed:
-            self.over_ranks(0)  # waits until rank 0 has written it
+            max_over_ranks(self.args, 0)  # waits until rank 0 has written it
             dist.destroy_process_group()
         sys.exit(128 + number)
 
     def save(self):
         if self.position and self.args.rank == 0:
-            save_checkpoint({**self.state(self.epoch), "position": self.position}, is_best=False)
+            save_checkpoint({**self.state(self.position["epoch"]), "position": self.position}, is_best=False)
 
 
-class DeviceLoader:
-    """A loader's batches on the device. A signal stops the run between batches; training records its position."""
+def max_over_ranks(args, number):
+    if not args.distributed:
+        return number
+    number = torch.tensor(number, device=args.device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def init_worker(ended, _):
+    """In a worker: ignore signals, which schedulers send to all processes, and end with the run."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=watch_run, args=(ended,), daemon=True).start()
+
+
+def watch_run(ended):
+    """In a worker's thread: end the worker, even if it waits for a server, once the run has ended."""
+    while not ended and mp.parent_process().is_alive():
+        time.sleep(0.2)
+    if ended:
+        time.sleep(2)  # gives the DataLoader time to end it
+    os._exit(0)
+
+
+# ---------------------------------------------------------------------------- the position, resuming
+
+
+def choose_seed(args, checkpoint):
+    """The seed of the order and the augmentation: --seed, else that of the position to resume at, else a random one."""
+    drawn = [random.SystemRandom().getrandbits(31)]
+    if args.distributed:
+        dist.broadcast_object_list(drawn)  # rank 0's
+    if args.seed is not None:
+        return args.seed
+    return checkpoint.get("position", {}).get("seed", drawn[0])
+
+
+def start_position(args, checksum, checkpoint):
+    """Where training from shards stands: epoch, step, and what determines the rest of the epoch.
+
+    It starts with that of the checkpoint, if there is one; DataError if the shards or options differ from it. Batch
+    size and workers are those of a rank.
+    """
+    names = ("world_size", "workers", "batch_size", "shuffle", "image_size", "decode", "augmentation")
+    same = {"shards": checksum, "seed": args.data_seed, **{name: getattr(args, name) for name in names}}
+    saved = checkpoint.get("position")
+    if not saved or args.start_epoch is not None:
+        return {"epoch": None, "step": 0, **same}
+    for name, value in same.items():
+        if saved.get(name) != value:
+            what = "other shards" if name == "shards" else f"{name} {saved.get(name)}, not {value}"
+            way_out = f"use the same, or restart the epoch with --start-epoch {checkpoint['epoch']}"
+            fail(f"--resume {args.resume}: it was saved within an epoch with {what}; {way_out}")
+    return {"epoch": checkpoint["epoch"], "step": saved["step"], **same}
+
+
+class RunLoader:
+    """The batches of a loader, on the device. The run may stop between two; training from shards keeps its position."""
 
     def __init__(self, loader, run, checkpoint=None):
+        """checkpoint: for training only; it may hold the position to resume at."""
         self.loader = loader
         self.run = run
-        self.args = run.args
-        self.mean = 255 * torch.tensor(MEAN, device=run.args.device).view(1, 3, 1, 1)
-        self.std = 255 * torch.tensor(STD, device=run.args.device).view(1, 3, 1, 1)
+        self.contents = getattr(loader, "checksum", None) or len(loader.dataset)
+        self.position = None
         self.first_step = 0
-        self.resumed = {}  # {epoch: its first step}
-        self.order = None  # for training shards: what determines the order of the batches, besides the epoch
-        loader.worker_init_fn = functools.partial(init_worker, run.workers_end)
-        resumed = checkpoint and "position" in checkpoint and self.args.start_epoch is None
-        if checkpoint and isinstance(loader.dataset, ShardPipeline):
-            names = ("world_size", "workers", "batch_size", "shuffle", "image_size", "decode", "augmentation")
-            self.order = {"shards": loader.shards, **{name: getattr(self.args, name) for name in names}}
-            self.order["seed"] = self.args.seed or 0
-        elif resumed:
-            say(self.args, f"=> epoch {checkpoint['epoch']} is trained again from its first step")
-        if self.order and resumed:
-            check_order(self.args, checkpoint["position"], self.order, checkpoint["epoch"])
-            self.resumed = {checkpoint["epoch"]: checkpoint["position"]["step"]}
-            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # if that epoch has no steps left
+        loader.worker_init_fn = functools.partial(init_worker, run.ended)
+        if checkpoint and hasattr(loader, "checksum"):
+            self.position = run.position = start_position(run.args, loader.checksum, checkpoint)
+        elif checkpoint and "position" in checkpoint and run.args.start_epoch is None:
+            say(run.args, f"=> epoch {checkpoint['epoch']} is trained again from its first step")
 
     def __len__(self):
         return len(self.loader)
 
     def set_epoch(self, epoch):
-        self.run.epoch = epoch
-        self.first_step = self.resumed.get(epoch, 0)
-        if self.order:
+        if self.position:
+            self.first_step = self.position["step"] if self.position["epoch"] == epoch else 0
+            self.position.update(epoch=epoch, step=self.first_step)
             self.loader.dataset.set_epoch(epoch, self.first_step)
-            self.run.position = {"step": self.first_step, **self.order}
-        elif self.args.distributed:
+        elif self.run.args.distributed:
             self.loader.sampler.set_epoch(epoch)
 
     def __iter__(self):
-        """The batches from first_step on: images float32 (B, 3, S, S), normalized; target int64 (B)."""
+        """From first_step on."""
+        args = self.run.args
         count = len(self)
-        common = -self.run.over_ranks(-count)  # validation's number of batches may differ by one between ranks
+        common = -max_over_ranks(args, -count)  # validation's number of batches may differ by one between ranks
         self.run.stop_if_asked()
         if 0 < self.first_step == count:  # only validation is left; the loader would read all shards and discard them
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # without a step of the optimizer
             return
         try:
-            for step, batch in enumerate(self.loader, self.first_step + 1):
-                if self.order:
-                    set_seed(self.args, f"{self.run.epoch} {step}")
-                yield self.to_device(*batch)
-                if self.order:
-                    self.run.position["step"] = step
-                    if self.args.checkpoint_steps and step % self.args.checkpoint_steps == 0:
+            batches = to_device(self.loader, args.device, args.memory_format)
+            for step, batch in enumerate(batches, self.first_step + 1):
+                if self.position:
+                    set_seed(args, f"{self.position['epoch']} {step}")
+                yield batch
+                if self.position:
+                    self.position["step"] = step
+                    if args.checkpoint_steps and step % args.checkpoint_steps == 0:
                         self.run.save()
-                if step < common and (step % self.args.print_freq == 0 or not self.args.distributed):
+                if step < common and (step % args.print_freq == 0 or not args.distributed):
                     self.run.stop_if_asked()  # with several ranks not at each step: it takes an all_reduce
         except BaseException:  # including those of the training step
-            self.run.workers_end.fill_(True)  # they may be waiting for a server
+            self.run.ended.fill_(True)  # the workers may be waiting for a server
             raise
-
-    def to_device(self, images, target):
-        device = self.args.device
-        images = images.to(device, non_blocking=device.type == "cuda")
-        target = target.to(device, non_blocking=device.type == "cuda")
-        if images.dtype == torch.uint8:  # (B, S, S, 3)
-            images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.args.memory_format)
-            images.sub_(self.mean).div_(self.std)
-        return images, target
-
-
-def check_order(args, then, now, epoch):
-    """Raise DataError if the options differ from those with which the epoch was started."""
-    for name, value in now.items():
-        before = then.get(name)
-        if before == value:
-            continue
-        if name in ("workers", "batch_size") and before is not None:  # per process; the options are per node
-            value *= args.ngpus_per_node
-            before *= args.ngpus_per_node
-        what = "other shards" if name == "shards" else f"--{name.replace('_', '-')} {before}, not {value}"
-        if name == "world_size":
-            what = f"{before} ranks, not {value}"
-        way_out = f"the rest of the epoch would differ: use the same, or restart it with --start-epoch {epoch}"
-        fail(f"--resume {args.resume}: it was saved within an epoch with {what}; {way_out}")
-
-
-def check_image_size(model, args):
-    """DataError if the model can't take images of --image-size; all of torchvision's take 224 pixels."""
-    if args.image_size == 224:
-        return
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, args.image_size, args.image_size, device=args.device))
-    except Exception as error:  # of any type, by the model
-        fail(f"--arch {args.arch}: it does not support --image-size {args.image_size} ({first_line(error)})")
-
-
-def init_worker(workers_end, _):
-    """In a worker: ignore signals, which schedulers send to all processes, and end with the main process."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=watch_main, args=(workers_end,), daemon=True).start()
-
-
-def watch_main(workers_end):
-    """In a worker's thread: end the worker, even if it waits for a server, once the main process has ended."""
-    while not workers_end and mp.parent_process().is_alive():
-        time.sleep(0.2)
-    if workers_end:
-        time.sleep(2)  # gives the DataLoader time to end it
-    os._exit(0)
 
 
 if __name__ == "__main__":

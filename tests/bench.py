@@ -231,7 +231,7 @@ def loading_args(row, rest, batch_size):
     args.rank = 0
     args.world_size = 1
     args.distributed = False
-    args.device = script().pick_device(0, args)
+    args.device = script().pick_device(0, 1, args)
     return args
 
 
@@ -278,9 +278,7 @@ def make_loader(args, images):
     with contextlib.redirect_stdout(None):  # without its lines about the dataset
         if args.dataset == "wds":
             urls, lengths = fit_epoch(*main_wds.find_shards(args, "train")[:2], images)
-            options = {"pin_memory": args.device.type == "cuda", "reuse_memory": args.decode == "tensor"}
-            options["shuffle"] = args.shuffle
-            return shard_loader(args, urls, lengths, **options), urls
+            return shard_loader(args, urls, lengths), urls
         loader = main_wds.make_train_loader_orig(args)
     if args.dummy:
         return loader, []
@@ -289,8 +287,14 @@ def make_loader(args, images):
     return loader, [path for path, _ in loader.dataset.samples]
 
 
-def shard_loader(args, urls, lengths, **options):
-    return script().shard_loader(urls, lengths, train_transform(args), args.batch_size, args.workers, **options)
+def shard_loader(args, urls, lengths):
+    """make_loader_wds() for these shards."""
+    main_wds = script()
+    options = {"shuffle": args.shuffle, "reuse_memory": args.decode == "tensor"}
+    dataset = main_wds.ShardDataset(urls, lengths, train_transform(args), args.batch_size, **options)
+    workers = {"persistent_workers": True, "prefetch_factor": main_wds.PREFETCH} if args.workers else {}
+    pin_memory = args.device.type == "cuda"
+    return main_wds.DataLoader(dataset, None, num_workers=args.workers, pin_memory=pin_memory, **workers)
 
 
 def train_transform(args):
@@ -327,7 +331,7 @@ def read_images(args, names):
             with open(name, "rb") as file:
                 yield file.read()
         else:
-            for sample in script().read_tar(name):
+            for sample in script().wds.WebDataset(name, shardshuffle=False):
                 (ending,) = script().IMAGES & sample.keys()
                 yield sample[ending]
 
@@ -369,12 +373,10 @@ def normalizing_time(args):
     torch = script().torch
     images = torch.randint(256, (64, args.image_size, args.image_size, 3), dtype=torch.uint8)
     target = torch.zeros(64)
-    run = argparse.Namespace(args=args, workers_end=None)
-    loader = script().DeviceLoader(argparse.Namespace(), run)  # without batches
     times = []
     for _ in range(12):
         start = time.perf_counter()
-        normalized, _ = loader.to_device(images, target)
+        ((normalized, _),) = script().to_device([(images, target)], args.device, args.memory_format)
         normalized[-1, -1, -1, -1].item()  # waits for the device
         times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times[2:]) / len(images)

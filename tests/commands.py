@@ -79,6 +79,12 @@ def checkpoint(folder, name="checkpoint.pth.tar"):
     return torch.load(folder / name, weights_only=True)
 
 
+class Batches(list):
+    """Batches that train() and validate() take instead of a loader."""
+
+    first_step = 0
+
+
 # ---------------------------------------------------------------------------- the fork server, a process of its own
 
 

@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
 
 
 class FaultServer(ThreadingHTTPServer):
@@ -25,12 +26,13 @@ class FaultServer(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 64
+    host = "127.0.0.1"
 
     def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__((self.host, 0), Handler)
         self.folder = folder
         self.faults = {}
-        self.requests = collections.Counter()  # for each path
+        self.requests = collections.Counter()  # for each path, as it was requested
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -50,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests[self.path] += 1
         faults = self.server.faults.get(self.path, [])
         fault = faults[number] if number < len(faults) else ("none", 0)
-        path = self.server.folder / self.path.rpartition("/")[2]
+        path = self.server.folder / unquote(urlsplit(self.path).path).rpartition("/")[2]
         with contextlib.suppress(OSError):  # the client closed the connection
             if isinstance(fault, int):
                 self.send_error(fault)

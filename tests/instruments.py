@@ -22,35 +22,35 @@ def record():
     After HOLD_AT training steps, an environment variable, the run waits for a signal.
     """
     main_wds = load("main-wds.py")
-    batches = main_wds.DeviceLoader.__iter__
-    shard_loader = main_wds.shard_loader
+    batches = main_wds.RunLoader.__iter__
+    create = main_wds.ShardDataset.__init__
     steps = itertools.count(1)
     decoded = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def recorded(self):
-        names = [f"{name}{self.args.rank}" if self.order else os.devnull for name in ("seen", "seeds")]
+        names = [f"{name}{self.run.args.rank}" if self.position else os.devnull for name in ("seen", "seeds")]
         with open(names[0], "a", buffering=1) as seen, open(names[1], "a", buffering=1) as seeds:
             for images, target in batches(self):
                 print(*target.tolist(), file=seen)
                 print(torch.initial_seed(), file=seeds)
                 yield images, target
-                if self.order and next(steps) == int(os.environ.get("HOLD_AT", 0)):
+                if self.position and next(steps) == int(os.environ.get("HOLD_AT", 0)):
                     wait_for_signal(self.run)
 
     def counted(transform, data):
         os.write(decoded, b".")
         return transform(data)
 
-    def counting_loader(urls, lengths, transform, *args, train=True, **options):
+    def counting(self, urls, lengths, transform, *args, train=True, **options):
         transform = functools.partial(counted, transform) if train else transform
-        return shard_loader(urls, lengths, transform, *args, train=train, **options)
+        create(self, urls, lengths, transform, *args, train=train, **options)
 
-    main_wds.DeviceLoader.__iter__ = recorded
-    main_wds.shard_loader = counting_loader
+    main_wds.RunLoader.__iter__ = recorded
+    main_wds.ShardDataset.__init__ = counting
 
 
 def wait_for_signal(run):
-    while not run.signal:
+    while not run.stop_signal.number:
         time.sleep(0.01)
 
 

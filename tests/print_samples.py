@@ -94,7 +94,8 @@ def run_rank(rank, args):
     args.distributed = args.world_size > 1
     args.batch_size //= args.world_size
     args.workers = math.ceil(args.workers / args.world_size)
-    main_wds.init_process_group(args)
+    if args.distributed:
+        dist.init_process_group("gloo", init_method=args.dist_url, world_size=args.world_size, rank=rank)
     results = []
     for case in args.cases:
         results.append(run_case(argparse.Namespace(**{**vars(args), **case})))
@@ -111,10 +112,11 @@ def run_rank(rank, args):
 def run_case(args):
     """Iterate over the loaders as main_worker() does."""
     mp.set_start_method(args.start_method, force=True)
-    state = main_wds.Run(args, state=None)
+    args.data_seed = main_wds.choose_seed(args, {})
+    run = main_wds.Run(args, state=None)
     make_train_loader, make_val_loader = main_wds.LOADERS["wds"]
-    val_loader = main_wds.DeviceLoader(make_val_loader(args), state)
-    train_loader = main_wds.DeviceLoader(make_train_loader(args), state, {"epoch": 0})
+    val_loader = main_wds.RunLoader(make_val_loader(args), run)
+    train_loader = main_wds.RunLoader(make_train_loader(args), run, {"epoch": 0})
     result = {"len": {"train": len(train_loader), "val": len(val_loader)}, "train": [], "val": []}
     for epoch in range(args.start_epoch or 0, args.epochs):
         main_wds.set_seed(args, epoch)

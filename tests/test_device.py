@@ -1,11 +1,10 @@
 """Moving batches to the device, and choosing the device, as far as they can be tested without a GPU."""
 
 import argparse
-import signal
 
 import pytest
 import torch
-from commands import args_of, load, summary
+from commands import Batches, args_of, load, summary
 from torch.profiler import ProfilerActivity, profile
 
 main_wds = load("main-wds.py")
@@ -16,25 +15,14 @@ BATCHES = 5
 def args():
     return argparse.Namespace(
         device=torch.device("cpu"), memory_format=torch.contiguous_format, amp=False, print_freq=100, rank=0,
-        distributed=False, ngpus_per_node=1, no_accel=False, gpu=None, multiprocessing_distributed=False,
+        distributed=False, no_accel=False, gpu=None, multiprocessing_distributed=False,
     )  # fmt: skip
 
 
-@pytest.fixture
-def run(args):
-    """A Run, whose signal handlers are removed after the test."""
-    handlers = {number: signal.getsignal(number) for number in main_wds.SIGNALS}
-    yield main_wds.Run(args, state=None)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_device_loader_normalizes_uint8_images(memory_format, args, run):
-    args.memory_format = memory_format
+def test_uint8_images_are_normalized(memory_format):
     batches = [(torch.full((2, 4, 4, 3), i, dtype=torch.uint8), torch.tensor([i, i])) for i in range(BATCHES)]
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)
-    found = list(main_wds.DeviceLoader(loader, run))
+    found = list(main_wds.to_device(batches, torch.device("cpu"), memory_format))
     assert len(found) == BATCHES
     for i, (images, target) in enumerate(found):
         pixel = (i / 255 - torch.tensor(main_wds.MEAN)) / torch.tensor(main_wds.STD)
@@ -50,11 +38,12 @@ def test_pick_device(script, args, monkeypatch):
     selected = []
     monkeypatch.setattr(torch.accelerator, "set_device_index", selected.append)
 
-    def pick(local_rank, kind="cuda", count=2, **options):
+    def pick(local_rank, kind="cuda", count=2, ngpus_per_node=1, **options):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
-        return str(module.pick_device(local_rank, argparse.Namespace(**{**vars(args), **options})))
+        args_of_rank = argparse.Namespace(**{**vars(args), **options})
+        return str(module.pick_device(local_rank, ngpus_per_node, args_of_rank))
 
     assert [pick(0), pick(1), pick(2), pick(0, gpu=1)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     assert selected == [0, 1, 0, 1]
@@ -74,7 +63,7 @@ def count_reads(module, steps, args):
     """How many values train() copies from tensors to Python numbers, each of which waits for the device."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    batches = [(torch.rand(2, 3, 4, 4), torch.tensor([1, 2]))] * steps
+    batches = Batches([(torch.rand(2, 3, 4, 4), torch.tensor([1, 2]))] * steps)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         module.train(batches, model, torch.nn.CrossEntropyLoss(), optimizer, 0, args.device, args)
     return sum(event.count for event in profiler.key_averages() if event.key == "aten::item")

@@ -38,22 +38,10 @@ def test_invalid_options(script, args, expected, tmp_path):
     assert expected in error_of(script, *args, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("args", [["main-orig.py", "data"], ["main-wds.py", "--trainshards", "a-0.tar"],
-                                  ["makeshards.py", "--index", "a-0.tar"]])  # fmt: skip
-def test_pattern_expanded_by_the_shell(args, tmp_path):
-    message = error_of(*args, "a-1.tar", "a-2.tar", cwd=tmp_path)
-    assert "a-2.tar; quote patterns such as 'a-{0..9}.tar'" in message
-
-
 def test_more_classes_than_outputs(script, tmp_path):
     write_folders(tmp_path / "data", train=1, val=1, classes=[f"n{i:08}" for i in range(1001)])
     args = ["data"] if script == "main-orig.py" else ["--dataset", "orig"]
     assert "1001 class folders, but the model has 1000 outputs" in error_of(script, *FAST, *args, cwd=tmp_path)
-
-
-def test_image_size_that_the_model_cannot_take(shards, tmp_path):
-    args = [*FAST, "-a", "vit_b_16", "--image-size", 16, "--shards", shards]
-    assert "--arch vit_b_16: it does not support --image-size 16 (" in error_of("main-wds.py", *args, cwd=tmp_path)
 
 
 def test_folders(copy):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,10 +10,10 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from commands import (
     ROOT,
     SMALL_RUN,
+    Batches,
     args_of,
     checkpoint,
     error_of,
@@ -26,14 +27,15 @@ from commands import (
 
 @pytest.mark.slow
 def test_long_tmpdir(script, folders, shards, tmp_path):
-    """PyTorch's workers can't send batches then; without the check, training would end after no step, with status 0."""
+    """PyTorch's workers can't send batches then, and its loader ends without an error: the missing batches are one."""
     long = tmp_path / ("x" * 90)
     long.mkdir()
-    line = error_of(script, *args_of(script, folders, shards), cwd=tmp_path, env={"TMPDIR": str(long)})
-    assert line.startswith(f"{script}: TMPDIR={long}: too long")
+    args = args_of(script, folders, shards)
+    _, stderr = run(script, *args, cwd=tmp_path, env={"TMPDIR": str(long), "PYTHONWARNINGS": "default"}, status=2)
+    assert re.match(rf"{script}: the training loader ended after 0 of \d+ batches$", stderr.splitlines()[-1])
 
 
-class ShortLoader(list):
+class ShortLoader(Batches):
     """A loader with one batch less than its length says."""
 
     def __len__(self):
@@ -112,54 +114,16 @@ def test_numbers_out_of_range(script, tmp_path):
         assert f"argument {args[0]}" in error_of(script, *args, cwd=tmp_path)
 
 
-# ---------------------------------------------------------------------------- errors of libraries
-
-
-def args_of_rank(**more):
-    common = {"distributed": True, "rank": 1, "world_size": 2, "gpu": None, "multiprocessing_distributed": False}
-    return argparse.Namespace(**{**common, "no_accel": False, "ngpus_per_node": 1, **more})
-
-
-ERRORS = {  # of libraries, which can't be provoked on any machine
-    "NCCL": (dist.DistBackendError("NCCL error in: x\nDuplicate GPU"), "rank 1: NCCL error in: x\nDuplicate GPU"),
-    "NCCL lost": (dist.DistBackendError("ncclRemoteError: a remote process exiting"), "rank 1 lost the connection"),
-    "gloo lost": (
-        RuntimeError("[gloo/pair.cc:547] Read error: Connection reset by peer"),
-        "rank 1 lost the connection",
-    ),
-    "semaphore": (OSError(28, "No space left on device"), "/dev/shm is full"),
-    "read-only": (RuntimeError("unable to open shared memory object </torch_7>: Read-only"), "/dev/shm is full"),
-    "worker lost": (ConnectionResetError(104, "Connection reset by peer"), "a data worker died ([Errno 104]"),
-    "bug": (RuntimeError("size mismatch"), None),  # keeps its traceback
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_which_errors_are_user_errors(case, script, monkeypatch):
-    module = load(script)
-    error, expected = ERRORS[case]
-
-    def main_worker(*_):
-        raise error
-
-    monkeypatch.setattr(module, "main_worker", main_worker)
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
-    with pytest.raises(module.DataError if expected else RuntimeError) as caught:
-        module.run_worker(None, 1, args_of_rank())
-    assert str(caught.value).startswith(expected or "size mismatch")
-
-
 # ---------------------------------------------------------------------------- processes and memory
 
 
 def test_killed_worker(script, start, folders, shards):
-    """Only one is killed: a second kill could come while Python exits, where PyTorch's handler raises a traceback."""
+    """PyTorch's error, and no process is left."""
     run = start(*args_of(script, folders, shards), script=script, instrument="stay_in_a_step").until("^held$")
     worker = min(pid for pid, parent in run.alive().items() if parent == run.pid)
     os.kill(worker, signal.SIGKILL)
-    _, (line,) = run.finish(status=2, lines=1)
-    assert line.startswith(f"{script}: a data worker died (DataLoader worker (pid {worker}) is killed by signal: ")
-    assert "lower --workers" in line
+    _, lines = run.finish(status=1, lines=None)
+    assert f"RuntimeError: DataLoader worker (pid {worker}) is killed by signal: Killed" in "\n".join(lines)
 
 
 def small_memory(*args):
@@ -174,5 +138,5 @@ def test_full_shared_memory(script, folders, shards, tmp_path):
     args = [arg for arg in args_of(script, folders, shards) if arg not in ("--image-size", 32)]
     command = small_memory(sys.executable, str(ROOT / script), *map(str, args))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr.startswith(f"{script}: /dev/shm is full: ")
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert re.search("shared memory|No space left on device|bus error", done.stderr, re.I)

@@ -1,19 +1,21 @@
 """How main-wds.py finds, divides and reads shards: epochs are exact, and damaged shards are errors that name them."""
 
 import functools
-import gzip
 import itertools
 import json
+import os
+import random
 import re
-import signal
+import socket
 import sys
 import tarfile
 
 import pytest
 import torch
-from commands import SMALL_RUN, error_of, free_port, load, spawned_ranks, summary, wait_until
-from make_data import noise, picture, samples, tar, write_shards
-from print_samples import DRAW, PID, assert_complete, column, load_samples, order_and_draws
+from commands import error_of, free_port, load, spawned_ranks, wait_until
+from fault_server import FaultServer
+from make_data import picture, samples, tar, write_shards
+from print_samples import DRAW, NUMBER, PID, assert_complete, column, load_samples, order_and_draws
 from test_plan import batch_sizes_of_sampler, batches_of_rank
 
 main_wds = load("main-wds.py")
@@ -71,13 +73,23 @@ def test_epochs_are_exact(ranks, loaded):
 def test_epochs_differ(ranks, loaded):
     """In order and augmentation; the workers stay the same."""
     for case, by_rank in zip(CASES, loaded(ranks, CASES), strict=True):
-        draws = []
         for result in by_rank:
             first, second = result["train"]
             assert column(first) != column(second)
-            draws += column(first, DRAW) + column(second, DRAW)
+            assert not {*column(first, DRAW)} & {*column(second, DRAW)}
             assert len({*column(first, PID), *column(second, PID)}) == max(case["workers"], 1)
-        assert len(set(draws)) == len(draws)
+
+
+def test_augmentation_depends_on_the_sample_only(loaded):
+    """Besides the seed and the epoch: not on the ranks, the workers or the order."""
+    for epoch in (0, 1):
+        drawn = [{}, {}]
+        for ranks, cases in ((1, CASES), (2, CASES)):
+            for by_rank in loaded(ranks, cases):
+                for result in by_rank:
+                    for number, draw, _ in itertools.chain(*result["train"][epoch]):
+                        assert drawn[epoch].setdefault(number, draw) == draw
+        assert len(drawn[epoch]) == len(set(drawn[epoch].values())) == sum(TRAIN)
 
 
 def test_samples_are_shuffled_within_shards(loaded):
@@ -90,22 +102,32 @@ def test_samples_are_shuffled_within_shards(loaded):
 
 @pytest.mark.slow
 def test_order_depends_on_the_seed_only(loaded):
-    """It is the same in other processes, however workers are started, and after --start-epoch. No seed is seed 0."""
+    """It is the same in other processes, however workers are started, and after --start-epoch."""
     case = {"workers": 1, "shuffle": 8}
     expected = loaded(1, CASES)[CASES.index(case)]
-    changes = [{"start_method": "spawn"}, {"seed": 2}, {"seed": 0}, {"seed": None}, {"start_epoch": 1}]
-    spawned, seed_2, seed_0, no_seed, second_epoch = loaded(1, [{**case, **change} for change in changes])
+    changes = [{"start_method": "spawn"}, {"seed": 2}, {"seed": 0}, {"start_epoch": 1}]
+    spawned, seed_2, seed_0, second_epoch = loaded(1, [{**case, **change} for change in changes])
     assert order_and_draws(second_epoch, 0) == order_and_draws(expected, 1)
     for epoch in (0, 1):
         assert order_and_draws(spawned, epoch) == order_and_draws(expected, epoch)
-        assert order_and_draws(no_seed, epoch) == order_and_draws(seed_0, epoch)
         for one, other in itertools.combinations((expected, seed_2, seed_0), 2):
             assert column(one[0]["train"][epoch]) != column(other[0]["train"][epoch])
         for by_rank in (expected, seed_2, seed_0):
             assert_complete(by_rank, epoch)
 
 
-# ---------------------------------------------------------------------------- shard_loader() in another training loop
+# ---------------------------------------------------------------------------- ShardDataset in another training loop
+
+
+def test_without_a_seed(loaded):
+    """Each run has an order and an augmentation of its own, which all ranks share."""
+    case = {"workers": 1, "shuffle": 8, "seed": None}
+    first, second = loaded(2, [case, case])
+    for by_rank in (first, second):
+        assert_complete(by_rank, 0)
+        assert_complete(by_rank, 1)
+    for part in (NUMBER, DRAW):
+        assert column(first[0]["train"][0], part) != column(second[0]["train"][0], part)
 
 
 def as_uint8(data):
@@ -119,6 +141,11 @@ def urls_and_lengths(folder):
     return urls, lengths
 
 
+def loader_of(urls, lengths, transform, batch_size, workers, **options):
+    dataset = main_wds.ShardDataset(urls, lengths, transform, batch_size, **options)
+    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+
+
 def assert_batch_is_intact(images, target):
     """All values of an image are its sample's number, which is its class."""
     assert (images == target.view(-1, 1, 1, 1)).all()
@@ -128,7 +155,7 @@ def assert_batch_is_intact(images, target):
 def test_batches_may_be_kept(workers, tmp_path):
     """No batch is overwritten by a later one."""
     urls, lengths = urls_and_lengths(write_shards(tmp_path, train=TRAIN))
-    loader = main_wds.shard_loader(urls, lengths, as_uint8, 2, workers)
+    loader = loader_of(urls, lengths, as_uint8, 2, workers)
     for epoch in (0, 1):
         loader.dataset.set_epoch(epoch)
         batches = list(loader)
@@ -154,7 +181,7 @@ def test_reused_memory_is_not_in_use(workers, tmp_path):
             file.write(b".")
         return as_uint8(data)
 
-    loader = main_wds.shard_loader(urls, lengths, transform, 2, workers, reuse_memory=True)
+    loader = loader_of(urls, lengths, transform, 2, workers, reuse_memory=True)
     numbers = []
     for step, (images, target) in enumerate(loader, 1):
         size = min(2 * (step + workers * main_wds.PREFETCH), 47)
@@ -169,14 +196,33 @@ def test_reused_memory_is_not_in_use(workers, tmp_path):
 def test_length_of_each_shard_is_checked(workers, train, tmp_path):
     """The first, a middle and the last shard, with a sample too few or too many; with workers, only two of the six."""
     urls, lengths = urls_and_lengths(write_shards(tmp_path, train=[9, 8, 7]))
-    assert len(list(main_wds.shard_loader(urls, lengths, as_uint8, 4, workers, train=train))) == 6
+    assert len(list(loader_of(urls, lengths, as_uint8, 4, workers, train=train))) == 6
     for shard, change in [(0, 1), (2, -1)] if workers else itertools.product(range(3), (-1, 1)):
         wrong = list(lengths)
         wrong[shard] += change
-        loader = main_wds.shard_loader(urls, wrong, as_uint8, 4, workers, train=train)
-        with pytest.raises(DataError, match=f"{urls[shard]}: {lengths[shard]} samples, but {wrong[shard]} ") as error:
+        loader = loader_of(urls, wrong, as_uint8, 4, workers, train=train)
+        message = rf"{urls[shard]}: can't be read \({lengths[shard]} samples, but {wrong[shard]} "
+        with pytest.raises(DataError, match=message) as error:
             list(loader)
         ERRORS.append(error)
+
+
+def test_random_state_of_the_caller_is_kept(tmp_path):
+    """Without workers, loading does not change what the training loop draws next."""
+
+    def random_image(data):
+        return torch.full((2, 2, 3), random.random() + float(torch.rand(())))
+
+    urls, lengths = urls_and_lengths(write_shards(tmp_path, train=TRAIN))
+    random.seed(7)
+    torch.manual_seed(7)
+    expected = random.random(), float(torch.rand(()))
+    random.seed(7)
+    torch.manual_seed(7)
+    dataset = main_wds.ShardDataset(urls, lengths, random_image, 2)
+    images = torch.cat([images for images, _ in dataset])
+    assert len(images.unique()) == 47  # each image has drawn numbers of its own
+    assert (random.random(), float(torch.rand(()))) == expected
 
 
 # ---------------------------------------------------------------------------- reading
@@ -203,7 +249,7 @@ def test_any_range_of_a_shard(scheme, server, tmp_path, capfd):
         assert read(url, first, last, 5) == expected
     assert capfd.readouterr().err == ""
     for length in (4, 6):
-        with pytest.raises(DataError, match=rf"a\.tar.*: 5 samples, but {length} "):
+        with pytest.raises(DataError, match=rf"a\.tar.*: can't be read \(5 samples, but {length} "):
             read(url, 2, length, length)
 
 
@@ -309,13 +355,13 @@ def test_unreadable_shard(url, tmp_path, monkeypatch):
     with pytest.raises(DataError) as error:
         read(url, 0, 3, 3)
     message = str(error.value)
-    assert re.match(rf"{re.escape(url)}: (broken after \d of its 3|\d) samples", message)
+    assert message.startswith(f"{url}: can't be read (")
     assert not re.search(r"\n|_io\.|object at|environ|\{", message)
 
 
 DAMAGE = {  # {what is wrong: (ranks, workers, the error)}
-    "missing sample": (2, 2, "8 samples, but 9 "),
-    "truncated": (2, 4, "broken after . of its 9 samples"),
+    "missing sample": (2, 2, r"can't be read \(8 samples, but 9 "),
+    "truncated": (2, 4, r"can't be read \("),
     "bad image": (1, 0, "sample 0003: not a readable image"),
     "bad class": (1, 2, "sample 0003: its class '1000' is not"),
 }
@@ -353,7 +399,7 @@ def test_sample_without_exactly_one_image_and_class(tmp_path):
     wrong = [[image, other_image, label], [image, label, other_label], [image, image, label], [image], [label]]
     for members in wrong:
         (tmp_path / "a.tar").write_bytes(tar(members))
-        with pytest.raises(DataError, match=r"a\.tar: broken after 0 of its 1 samples \(.*\b1\b"):
+        with pytest.raises(DataError, match=r"a\.tar: can't be read \(.*\b1\b"):
             read(tmp_path / "a.tar", 0, 1, 1)
 
 
@@ -390,115 +436,145 @@ def test_shards_of_a_folder(find, numbered):
     assert list(find("--shards", numbered, split="val").values()) == VAL
 
 
-PATTERNS = {
-    "%s/imagenet-train-{000000..000004}.tar": TRAIN,
-    "%s/imagenet-train-*.tar": TRAIN,
-    "%s/imagenet-train-{000000..000001}.tar::%s/imagenet-train-00000[2-4].tar": TRAIN,
-    "%s/imagenet-train-{000003,000000}.tar": [17, 13],
-    "pipe:cat %s/imagenet-train-{000003..000004}.tar | cat": [17, 16],
-    "pipe:curl 'https://x/imagenet-train-{000003..000004}.tar?z=1'": [17, 16],
-}
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_lengths_of_a_pattern(pattern, find, numbered):
-    """They are looked up in the index beside the shards; those of commands in the index of --shards."""
-    full = pattern.replace("%s", str(numbered))
-    shards = numbered if pattern.startswith("pipe:") else "none"
-    assert list(find("--trainshards", full, "--shards", shards).values()) == PATTERNS[pattern]
-    args = ["--trainshards", full, "--valshards", f"{numbered}/*validation*.tar", "--shards", shards]
-    assert list(find(*args, split="val").values()) == VAL
-
-
-def test_index_beside_the_shards_takes_precedence(find, numbered, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    for name in TRAIN_NAMES:
-        (numbered / name).rename(elsewhere / name)
-    pattern = f"{elsewhere}/*.tar"
-    assert list(find("--shards", numbered, "--trainshards", pattern).values()) == TRAIN
-    with pytest.raises(DataError, match=r"no _info\.json beside the shards or in --shards"):
-        find("--shards", "none", "--trainshards", pattern)
-    write_shards(elsewhere, train=[2, 2, 2, 2, 2])
-    assert list(find("--shards", numbered, "--trainshards", pattern).values()) == [2, 2, 2, 2, 2]
-
-
-UNUSABLE_PATTERNS = [
-    "%s/x.tar",
-    "pipe:cat %s/x.tar | cat",
-    f"pipe:cat %s/{TRAIN_NAMES[0]} %s/{TRAIN_NAMES[1]}",  # two shards in one command
-    "%s/train-{0..2.tar",
-    "%s/${NOT_SET}.tar",
-    "%s/none-*.tar",
-    "%s/train-7.tar",
-]
-
-
-@pytest.mark.parametrize("pattern", UNUSABLE_PATTERNS)
-def test_pattern_without_shards_of_the_index(pattern, find, numbered):
-    (numbered / "x.tar").write_bytes(tar(samples(range(3))))
-    pattern = pattern.replace("%s", str(numbered))
-    with pytest.raises(DataError, match=re.escape(f"{pattern}: ")):
-        find("--shards", numbered, "--trainshards", pattern)
-
-
-def test_remote_shards(find, server, numbered, tmp_path):
-    pattern = f"{server.url}/imagenet-train-{{000003..000004}}.tar"
-    assert list(find("--shards", server.url).values()) == TRAIN
-    assert list(find("--trainshards", pattern).values()) == [17, 16]
-    (tmp_path / "elsewhere").mkdir()
-    (numbered / "_info.json").rename(tmp_path / "elsewhere/_info.json")
-    assert list(find("--trainshards", pattern, "--shards", tmp_path / "elsewhere").values()) == [17, 16]
-    for args in (["--shards", server.url], ["--trainshards", pattern]):
-        with pytest.raises(DataError, match=r"no _info\.json"):
-            find(*args)
-
-
-def write_classes(folder, both=None, **splits):
-    """Write shards, with an index that has these classes for both splits or for each split."""
+def write_classes(folder, number):
     write_shards(folder, train=[3], validation=[2])
     index = json.loads((folder / "_info.json").read_text())
-    index["classes"] = both
-    for split, classes in splits.items():
-        index["splits"][split]["classes"] = classes
+    index["classes"] = [f"c{i}" for i in range(number)]
     (folder / "_info.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("layout", ["--shards", "patterns", "two folders"])
-def test_splits_with_different_classes(layout, find, tmp_path):
-    """An error, since validation would compare with the wrong labels; but --evaluate reads one split only."""
-    train_folder = tmp_path / "a"
-    val_folder = tmp_path / "b" if layout == "two folders" else train_folder
-    args = ["--trainshards", f"{train_folder}/*train*.tar", "--valshards", f"{val_folder}/*validation*.tar"]
-    if layout == "--shards":
-        args = ["--shards", train_folder]
-
-    def find_val(train, val, *more):
-        if layout == "two folders":
-            write_classes(train_folder, train)
-            write_classes(val_folder, val)
-        else:
-            write_classes(train_folder, train=train, validation=val)
-        return find(*args, *more, split="val")
-
-    assert find_val(["cat", "dog"], ["cat", "dog"])
-    assert find_val(["cat", "dog"], None) and find_val(None, ["cat"])  # an index need not name them
-    for train, val in ((["ant", "cat"], ["cat"]), (["cat"], ["ant", "cat"])):
-        with pytest.raises(DataError, match="different classes: ant"):
-            find_val(train, val)
-        assert find_val(train, val, "--evaluate")
-    with pytest.raises(DataError, match="different classes"):
-        find_val(["cat", "dog"], ["dog", "cat"])
-
-
 def test_more_classes_than_outputs(find, tmp_path):
-    write_classes(tmp_path, [f"c{i}" for i in range(1000)])
+    write_classes(tmp_path, 1000)
     for split in ("train", "val"):
         assert find("--shards", tmp_path, split=split)
-    write_classes(tmp_path, [f"c{i}" for i in range(1001)])
+    write_classes(tmp_path, 1001)
     for split in ("train", "val"):
         with pytest.raises(DataError, match="1001 classes"):
             find("--shards", tmp_path, split=split)
+
+
+def test_split_without_samples(find, two_shards):
+    with pytest.raises(DataError, match=f"--shards {two_shards}: its index lists no val samples"):
+        find("--shards", two_shards, "--evaluate", split="val")
+    (two_shards / "_info.json").write_text(index_text(num_samples=0, shard_lengths=[0, 0]))
+    with pytest.raises(DataError, match="its index lists no train samples"):
+        find("--shards", two_shards)
+
+
+def test_missing_shard(find, two_shards):
+    (two_shards / "b.tar").unlink()
+    with pytest.raises(DataError, match=f"{two_shards}/b.tar: "):
+        find("--shards", two_shards)
+
+
+# ---------------------------------------------------------------------------- addresses
+
+
+@pytest.fixture
+def numbers_at(monkeypatch):
+    """A function of main-wds.py's arguments that returns the numbers of all training samples, in the shards' order."""
+
+    def numbers_at(*args):
+        found = []
+        for url, length in zip(*found_by(monkeypatch, "train", *args), strict=True):
+            found += [int(image) for _, _, image in read(url, 0, length, length)]
+        return found
+
+    return numbers_at
+
+
+NUMBERS = list(range(sum(TRAIN)))
+FOLDERS = ["plain", "a:b", "http:x", "with space", "größe/猫", "x[1]", "a{0..1}", "{}", "100%", "httpshards", "-x"]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder_of_any_name(name, numbers_at, tmp_path, monkeypatch):
+    """Relative, absolute, with a slash at the end, and on a link."""
+    (tmp_path / name).mkdir(parents=True)
+    write_shards(tmp_path / name, train=TRAIN)
+    monkeypatch.chdir(tmp_path)
+    os.symlink(name, "link")
+    for address in (name, f"{tmp_path}/{name}", f"./{name}/", "link"):
+        assert numbers_at(f"--shards={address}") == NUMBERS, address
+
+
+SERVED = {  # {address: the request for the index}
+    "http://HOST/x": "/x/_info.json",
+    "http://HOST/x/": "/x/_info.json",
+    "http://HOST": "/_info.json",
+    "http://HOST/x/{}?X-Amz-Signature=a/b%2Fc&n=1": "/x/_info.json?X-Amz-Signature=a/b%2Fc&n=1",
+    "http://HOST/with space/größe": "/with%20space/gr%C3%B6%C3%9Fe/_info.json",
+    "http://HOST/with%20space/{}": "/with%20space/_info.json",
+}
+
+
+@pytest.mark.parametrize("address", SERVED)
+def test_address_on_a_server(address, server, numbers_at):
+    write_shards(server.folder, train=TRAIN)
+    assert numbers_at("--shards", address.replace("http://HOST", server.url)) == NUMBERS
+    request = SERVED[address]
+    shards = [request.replace("_info.json", name) for name in TRAIN_NAMES]
+    assert server.requests == dict.fromkeys([request, *shards], 1)
+
+
+class FaultServer6(FaultServer):
+    address_family = socket.AF_INET6
+    host = "::1"
+
+
+def test_ipv6_address(numbers_at, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "::1,[::1]")
+    write_shards(tmp_path, train=TRAIN)
+    try:
+        server = FaultServer6(tmp_path)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with server:
+        assert numbers_at("--shards", f"http://[::1]:{server.server_port}/x") == NUMBERS
+
+
+def test_address_is_a_command(numbers_at, tmp_path, monkeypatch):
+    """A program `aws` gets the names; a {} that occurs twice stands for the name twice."""
+    shards = write_shards(tmp_path / "shards", train=TRAIN)
+    aws = tmp_path / "aws"
+    aws.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{shards}/${{3#s3://B/x/}}"\n')
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert numbers_at("--shards", "pipe:aws s3 cp s3://B/x/{} -") == NUMBERS
+    assert numbers_at("--shards", f"pipe:test -e '{shards}/{{}}' && cat '{shards}/{{}}'") == NUMBERS
+
+
+def test_index_elsewhere(numbers_at, server, tmp_path, monkeypatch):
+    """At a path, also a relative one with a colon, or at a URL. It may list some of the shards."""
+    shards = write_shards(tmp_path / "shards", train=TRAIN)
+    elsewhere = tmp_path / "a:b"
+    elsewhere.mkdir()
+    index = json.loads((shards / "_info.json").read_text())
+    entry = index["splits"]["train"]
+    entry |= {"filenames": TRAIN_NAMES[3:], "shard_lengths": TRAIN[3:], "num_samples": sum(TRAIN[3:])}
+    (elsewhere / "subset.json").write_text(json.dumps(index))
+    (shards / "_info.json").unlink()
+    server.folder = elsewhere
+    monkeypatch.chdir(elsewhere.parent)
+    for path in (elsewhere / "subset.json", "a:b/subset.json", f"{server.url}/any/subset.json?v=1"):
+        assert numbers_at("--shards", shards, "--index", path) == NUMBERS[14:]
+    server.folder = shards
+    assert numbers_at("--shards", server.url, "--index", elsewhere / "subset.json") == NUMBERS[14:]
+
+
+@pytest.mark.parametrize("option", ["--shards", "--index"])
+def test_url_that_webdataset_cannot_open(option, tmp_path):
+    message = error_of("main-wds.py", *SMALL, option, "s3://b/imagenet", cwd=tmp_path)
+    assert message.startswith("main-wds.py: s3://b/imagenet") and "use a pipe: command" in message
+
+
+def test_unusable_addresses(tmp_path):
+    """Each is refused at once, and the error names the address."""
+    for address in ("pipe:cat shards", "http://127.0.0.1:port/x", "http://me:password@127.0.0.1/x", "none"):
+        assert address in error_of("main-wds.py", *SMALL, "--shards", address, cwd=tmp_path)
+
+
+# ---------------------------------------------------------------------------- the index
 
 
 def index_text(**changes):
@@ -519,8 +595,20 @@ INVALID_INDEXES = {
     "wrong sum": index_text(num_samples=4),
     "name twice": index_text(filenames=["a.tar", "a.tar"]),
 }
-OUTSIDE = ["/tmp/a.tar", "../a.tar", "c/../../a.tar", "pipe:touch ran", "a.tar::pipe:touch ran", "http://x/a", "file:a"]
-INVALID_INDEXES |= {name: index_text(filenames=["a.tar", name]) for name in OUTSIDE}
+REFUSED = ["/tmp/a.tar", "../a.tar", "c/../../a.tar", "pipe:touch ran", "a.tar::pipe:touch ran", "http://x/a", "file:a"]
+REFUSED += [
+    "a;touch ran",
+    "$(touch ran)",
+    "`touch ran`",
+    "a b.tar",
+    "-a.tar",
+    ".a.tar",
+    "a\n.tar",
+    "a.tar\n",
+    "a?.tar",
+    "",
+]
+INVALID_INDEXES |= {name: index_text(filenames=["a.tar", name]) for name in REFUSED}
 
 
 @pytest.fixture
@@ -533,61 +621,37 @@ def two_shards(tmp_path):
 
 @pytest.mark.parametrize("case", INVALID_INDEXES)
 def test_invalid_index(case, find, two_shards, monkeypatch):
-    """It is refused before any shard is opened: a name from outside the folder could be a command."""
+    """It is refused before any shard is opened: a name could climb out of the folder, or be a command."""
     monkeypatch.chdir(two_shards)
     assert find("--shards", two_shards) == {"a.tar": 2, "b.tar": 1}
     (two_shards / "_info.json").write_text(INVALID_INDEXES[case])
-    for args in (["--shards", two_shards], ["--trainshards", two_shards / "a.tar"]):
-        with pytest.raises(DataError, match=r"_info\.json: not an index"):
-            find(*args)
+    for address in (two_shards, f"pipe:cat {two_shards}/{{}}"):
+        with pytest.raises(DataError, match=r"_info\.json: (not an index|can't be read)"):
+            find("--shards", address)
     assert sorted(path.name for path in two_shards.iterdir()) == ["_info.json", "a.tar", "b.tar"]
 
 
-def test_split_without_samples(find, two_shards):
-    with pytest.raises(DataError, match=r"no _info\.json there that .* val shards"):
-        find("--shards", two_shards, "--evaluate", split="val")
-    (two_shards / "_info.json").write_text(index_text(num_samples=0, shard_lengths=[0, 0]))
-    with pytest.raises(DataError, match="no samples in the train shards"):
-        find("--shards", two_shards)
+def test_names_that_are_accepted(find, tmp_path):
+    (tmp_path / "a-1/b").mkdir(parents=True)
+    names = ["a-1/b/c_0+=.tar", "größe.tar", "0.tar.gz", "_.tar"]
+    for name in names:
+        (tmp_path / name).write_bytes(tar([]))
+    text = index_text(filenames=names, shard_lengths=[3, 0, 0, 0])
+    (tmp_path / "_info.json").write_text(text)
+    assert list(find("--shards", tmp_path).values()) == [3, 0, 0, 0]
 
 
-def test_missing_shard(find, two_shards):
-    (two_shards / "b.tar").unlink()
-    with pytest.raises(DataError, match=f"{two_shards}/b.tar: "):
-        find("--shards", two_shards)
+def test_checksum_tells_shards_by_their_digests(tmp_path):
+    """Not by their names. Without digests, names and lengths must do."""
 
+    def checksum(**changes):
+        (tmp_path / "_info.json").write_text(index_text(**changes))
+        _, _, found, _ = main_wds.list_shards(str(tmp_path), "train")
+        return found
 
-def test_names_that_look_like_patterns_or_urls(find, tmp_path, monkeypatch):
-    for name in ("httpshards", "x[1]"):
-        write_shards(tmp_path / name, train=TRAIN, validation=VAL)
-    assert list(find("--trainshards", f"{tmp_path}/x[1]/{TRAIN_NAMES[3]}").values()) == [17]
-    monkeypatch.chdir(tmp_path)
-    assert list(find("--shards", "httpshards").values()) == TRAIN
-    with pytest.raises(DataError, match="no _info"):
-        find("--shards", "httpnone")
-
-
-def test_passwords_are_never_printed(start, shards):
-    """A URL with a password is refused, but one may be part of a command."""
-    url = "http://me:secret@127.0.0.1:9/imagenet-train-{000000..000003}.tar"
-    _, (line,) = start(*SMALL_RUN, "--shards", shards, "--trainshards", url).finish(status=2, lines=1)
-    assert line.startswith("main-wds.py: http://127.0.0.1:9/_info.json: ") and "secret" not in line
-    run = start(*SMALL_RUN, "--shards", shards, "--trainshards", f"pipe:false {url}")
-    wait_until(lambda: "retrying in" in run.output(), run.output)
-    run.kill(signal.SIGKILL).finish(status=-signal.SIGKILL, lines=None)
-    assert "pipe:false http://127.0.0.1:9/" in run.output() and "secret" not in run.output()
-
-
-def test_unknown_url_schemes(start, shards):
-    for args in (["--shards", "s3://b/imagenet"], ["--shards", shards, "--trainshards", "s3://b/imagenet-{0..1}.tar"]):
-        _, (line,) = start(*SMALL_RUN, *args).finish(status=2, lines=1)
-        assert line.startswith("main-wds.py: s3://b/imagenet") and "pipe:" in line
-
-
-def test_gzip_encoded_index(start, tmp_path):
-    """Some servers send it like that."""
-    folder = write_shards(tmp_path / "shards", noise, train=[8], validation=[4])
-    index = folder / "_info.json"
-    index.write_bytes(gzip.compress(index.read_bytes()))
-    out, _ = start(*SMALL_RUN, "--epochs", 1, "--shards", folder).finish()
-    assert "=> train: 8 images in 1 shard" in out and len(summary(out)) == 1
+    digests = {"shard_sha256": ["1" * 64, "2" * 64]}
+    assert checksum(**digests) == checksum(**digests, filenames=["c.tar", "d.tar"])
+    assert checksum(**digests) != checksum(shard_sha256=["1" * 64, "3" * 64])
+    assert checksum(**digests) != checksum()
+    assert checksum() == checksum() != checksum(filenames=["c.tar", "d.tar"])
+    assert checksum() != checksum(shard_lengths=[1, 2])
