@@ -327,11 +327,11 @@ def read_files(args, count):
 def read_images(args, names):
     """The bytes of each image in these image files or shards."""
     for name in names:
-        if args.dataset == "orig":
-            with open(name, "rb") as file:
+        with open(name, "rb") as file:
+            if args.dataset == "orig":
                 yield file.read()
-        else:
-            for sample in script().wds.WebDataset(name, shardshuffle=False):
+                continue
+            for sample in script().group_by_keys(script().tar_file_expander([{"url": name, "stream": file}])):
                 (ending,) = script().IMAGES & sample.keys()
                 yield sample[ending]
 
@@ -638,7 +638,7 @@ def check_args(args, rest):
     for name, low in (("repeats", 1), ("images", 1), ("batch_size", 1), ("epochs", 1), ("steps", 0)):
         if (value := getattr(args, name)) is not None and value < low:
             fail(f"--{name.replace('_', '-')} {value}: it must be at least {low}")
-    for name in ("--data", "--shards", "--trainshards", "--valshards", "--dummy"):
+    for name in ("--data", "--shards", "--index", "--dummy"):
         if name in rest:
             fail(f"{name}: bench measures ./data and ./shards, which may be links, and dummy data")
     if args.quick and args.only == "training":

@@ -379,14 +379,20 @@ def test_checkpoint_steps(start, shards, unbroken, tmp_path):
     assert same_checkpoints(tmp_path, unbroken(1, *SMALL_RUN))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_simultaneous_signals(ranks, start, shards):
+def test_simultaneous_signals(start, shards):
     """Two signals at once count as one: the run stops with a checkpoint, and with the status of the first."""
-    args = [*SMALL_RUN, "--shards", shards, *launcher(ranks)]
-    run = start(*args, instrument="record", env={"HOLD_AT": 3}).until("^Epoch", count=3)
+    run = start(*SMALL_RUN, "--shards", shards, instrument="record", env={"HOLD_AT": 3}).until("^Epoch", count=3)
     for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
         run.kill(number)
     stop_position(run, signal.SIGINT)
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_signal_to_spawned_ranks(group, start, shards):
+    """Each rank gets it from the launcher and, if it comes from a terminal, directly, too: this counts as one."""
+    args = [*SMALL_RUN, "--shards", shards, *spawned_ranks()]
+    run = start(*args, instrument="record", env={"HOLD_AT": 3}).until("^Epoch", count=3)
+    stop_position(run.kill(signal.SIGINT, group), signal.SIGINT)
 
 
 def test_only_data_workers_are_ended(start, shards, tmp_path):
