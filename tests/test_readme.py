@@ -19,7 +19,7 @@ from test_run import copy_project
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", README, re.M))
 FAST = "-a shufflenet_v2_x0_5 -b 16 -j 1 --epochs 1 --no-accel"
-MESSAGES = re.findall(r"^\| `([^`]+)`", SECTIONS["Troubleshooting"], re.M)
+MESSAGES = re.findall(r"^\| `([^`]+)`(?:,| \|)", SECTIONS["Troubleshooting"], re.M)
 
 
 # ---------------------------------------------------------------------------- the commands
