@@ -1210,9 +1210,9 @@ def watch_run(ended):
 
 def choose_seed(args, checkpoint):
     """The seed of the order and the augmentation: --seed, else that of the position to resume at, else a random one."""
-    drawn = [random.SystemRandom().getrandbits(31)]
+    drawn = [random.SystemRandom().getrandbits(31)] * args.world_size
     if args.distributed:
-        dist.broadcast_object_list(drawn)  # rank 0's
+        dist.all_gather_object(drawn, drawn[0])  # that of rank 0 is taken
     if args.seed is not None:
         return args.seed
     return checkpoint.get("position", {}).get("seed", drawn[0])
