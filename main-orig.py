@@ -24,6 +24,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import zlib
 
@@ -169,23 +170,26 @@ def spawn(args):
     has_gpus = torch.accelerator.is_available() and not args.no_accel
     ngpus_per_node = torch.accelerator.device_count() if has_gpus else 2
     args.world_size *= ngpus_per_node
-    context = mp.spawn(main_worker, (ngpus_per_node, args), nprocs=ngpus_per_node, join=False)
     received = []
 
-    def forward(number, _):
+    def note(number, _):
         received.append(number)
-        for process in context.processes:
-            if process.is_alive():
-                os.kill(process.pid, received[0])
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, forward)
+        signal.signal(number, note)
+    context = mp.spawn(main_worker, (ngpus_per_node, args), nprocs=ngpus_per_node, join=False)
+    forwarded = 0
     try:
-        while not context.join():
-            pass
-    except mp.ProcessExitedException:
-        if not received:
+        while not context.join(timeout=0.2):
+            if len(received) > forwarded:
+                forwarded = len(received)
+                for process in context.processes:
+                    if process.is_alive():
+                        os.kill(process.pid, received[0])
+    except mp.ProcessExitedException as error:
+        if not received and error.exit_code <= 128:  # else a rank has stopped after a signal
             raise
+        sys.exit(128 + received[0] if received else error.exit_code)
     if received:
         sys.exit(128 + received[0])
 
@@ -201,6 +205,8 @@ def main_worker(gpu, ngpus_per_node, args):
     args.distributed = args.world_size > 1
     if args.batch_size < ngpus_per_node:
         fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
+    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would wait forever for its workers
+        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
     if args.rank == 0 and not args.evaluate and not os.access(".", os.W_OK):
         fail("can't write checkpoints to the current folder; run in another one")
     device = pick_device(gpu, ngpus_per_node, args)
@@ -509,6 +515,8 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     # the best first: otherwise it would be missing after a kill between the two
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
         path = os.path.realpath(name)  # a link stays, and its target is replaced
+        if os.path.exists(path) and not os.path.isfile(path):  # such as /dev/null
+            fail(f"can't write {name}: {path} is not a regular file")
         partial = f"{path}.{os.urandom(4).hex()}.partial"  # another run may use this folder
         try:
             with open(partial, "wb") as file:
@@ -517,7 +525,7 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except Exception as error:
-            cause = error.__context__ or error  # torch.save() hides it, e.g. of a full disk, in a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__  # of torch.save()'s RuntimeError
             if not isinstance(cause, OSError):
                 raise
             fail(f"can't write {name} ({cause.strerror})")
@@ -559,7 +567,7 @@ def read_checkpoint(args, model, optimizer, scheduler):
         model.load_state_dict(weights)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # of any type, if it was not written by this script
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
     say(args, f"=> loaded checkpoint '{args.resume}' (epoch {checkpoint['epoch']})")
     group = optimizer.param_groups[0]

@@ -26,6 +26,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import zlib
 
@@ -41,7 +42,6 @@ from torchvision.transforms import v2
 
 # isort: split
 # and for the shards:
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -51,7 +51,6 @@ import threading
 import urllib.request
 import warnings
 from http.client import InvalidURL
-from multiprocessing.util import Finalize
 from urllib.error import HTTPError
 from urllib.parse import quote
 
@@ -201,23 +200,26 @@ def spawn(args):
     has_gpus = torch.accelerator.is_available() and not args.no_accel
     ngpus_per_node = torch.accelerator.device_count() if has_gpus else 2
     args.world_size *= ngpus_per_node
-    context = mp.spawn(main_worker, (ngpus_per_node, args), nprocs=ngpus_per_node, join=False)
     received = []
 
-    def forward(number, _):
+    def note(number, _):
         received.append(number)
-        for process in context.processes:
-            if process.is_alive():
-                os.kill(process.pid, received[0])
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, forward)
+        signal.signal(number, note)
+    context = mp.spawn(main_worker, (ngpus_per_node, args), nprocs=ngpus_per_node, join=False)
+    forwarded = 0
     try:
-        while not context.join():
-            pass
-    except mp.ProcessExitedException:
-        if not received:
+        while not context.join(timeout=0.2):
+            if len(received) > forwarded:
+                forwarded = len(received)
+                for process in context.processes:
+                    if process.is_alive():
+                        os.kill(process.pid, received[0])
+    except mp.ProcessExitedException as error:
+        if not received and error.exit_code <= 128:  # else a rank has stopped after a signal
             raise
+        sys.exit(128 + received[0] if received else error.exit_code)
     if received:
         sys.exit(128 + received[0])
 
@@ -233,6 +235,8 @@ def main_worker(gpu, ngpus_per_node, args):
     args.distributed = args.world_size > 1
     if args.batch_size < ngpus_per_node:
         fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
+    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would wait forever for its workers
+        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
     if args.rank == 0 and not args.evaluate and not os.access(".", os.W_OK):
         fail("can't write checkpoints to the current folder; run in another one")
     device = pick_device(gpu, ngpus_per_node, args)
@@ -439,7 +443,7 @@ def make_transform(args, split):
     if args.dummy:
         stages = [v2.PILToTensor(), v2.CenterCrop(size)]
     if args.decode == "tensor":
-        return v2.Compose([*stages, channels_last])
+        return v2.Compose([*stages, to_hwc])
     return v2.Compose([*stages, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
@@ -553,6 +557,8 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
     # the best first: otherwise it would be missing after a kill between the two
     for name in ("model_best.pth.tar", filename) if is_best else (filename,):
         path = os.path.realpath(name)  # a link stays, and its target is replaced
+        if os.path.exists(path) and not os.path.isfile(path):  # such as /dev/null
+            fail(f"can't write {name}: {path} is not a regular file")
         partial = f"{path}.{os.urandom(4).hex()}.partial"  # another run may use this folder
         try:
             with open(partial, "wb") as file:
@@ -561,7 +567,7 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar"):
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except Exception as error:
-            cause = error.__context__ or error  # torch.save() hides it, e.g. of a full disk, in a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__  # of torch.save()'s RuntimeError
             if not isinstance(cause, OSError):
                 raise
             fail(f"can't write {name} ({cause.strerror})")
@@ -603,7 +609,7 @@ def read_checkpoint(args, model, optimizer, scheduler):
         model.load_state_dict(weights)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # of any type, if it was not written by this script
         fail(f"--resume {args.resume}: it does not fit {args.arch} ({first_line(error)})")
     where = f"epoch {checkpoint['epoch']}"
     if "position" in checkpoint:
@@ -682,23 +688,22 @@ class ShardDataset(IterableDataset):
     """The (images, target) batches of one rank. Each worker of its DataLoader runs the pipeline for a part of them."""
 
     def __iter__(self):
-        """A worker's batches of an epoch."""
-        epoch, step = self.position.tolist()
-        info = get_worker_info()
-        workers = info.num_workers if info else 1
-        worker = (info.id + step) % workers if info else 0  # the DataLoader always asks its worker 0 for the first step
-        earlier_steps = len(range(worker, step, workers))  # of this worker: worker, worker + workers, ...
-        seed = f"{self.seed} {epoch}"
-        rng = random.Random(f"{seed} {self.rank} {worker}")
-        batched = wds.batched(self.batch_size, collation_fn=default_collate)
+        """A worker's batches of an epoch. The attributes are explained in __init__()."""
+        epoch, first_step = self.position.tolist()
+        worker, workers = worker_at(first_step)
+        earlier_steps = len(range(worker, first_step, workers))  # of this worker: worker, worker + workers, ...
+        epoch_seed = f"{self.seed} {epoch}"
+        rng = random.Random(f"{epoch_seed} {self.rank} {worker}")
         if self.reuse_memory:
             batched = batched_in_place(self.batch_size)
+        else:
+            batched = wds.batched(self.batch_size, collation_fn=default_collate)
         pipeline = wds.DataPipeline(
-            functools.partial(self.plan, epoch, worker, workers),  # 1. (shard, first, last): the samples to read
+            functools.partial(self.plan, epoch, worker, workers),  # 1. (shard, first, end): which samples to read
             read_shards(self.urls, self.lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
             wds.shuffle(self.shuffle, rng=rng),  # 3. the same, shuffled in a buffer
-            wds.slice(earlier_steps * self.batch_size, None),  # 4. after a resume, without those of earlier steps
-            decode_samples(self.transform, seed),  # 5. (image, class)
+            wds.slice(earlier_steps * self.batch_size, None),  # 4. after a resume: drops those of earlier steps
+            decode_samples(self.transform, epoch_seed),  # 5. (image, class)
             batched,  # 6. (images, target)
         )
         return iter(pipeline)
@@ -707,13 +712,13 @@ class ShardDataset(IterableDataset):
         self, urls, lengths, transform, batch_size, rank=0, world_size=1, shuffle=1000, seed=0, train=True,
         reuse_memory=False,
     ):  # fmt: skip
-        """The batches of any training loop; give DataLoader(dataset, batch_size=None) the number of workers.
+        """The batches of any training loop: DataLoader(dataset, batch_size=None, num_workers=4).
 
         urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
         transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
         shuffle: size of each worker's shuffle buffer, in samples. seed: must be the same on all ranks.
-        train: False reads each sample once, in order, without repeating any for ranks to get the same number.
-        reuse_memory: 9 % faster, but later batches overwrite the images: copy each batch before requesting the next.
+        train: False, for validation, reads each sample exactly once and in order; ranks may get different numbers.
+        reuse_memory: faster, but later batches overwrite the images: copy each batch before requesting the next.
 
         images: (B, *shape); target: int64 (B). DataError names a shard or sample that can't be read.
         """
@@ -730,11 +735,20 @@ class ShardDataset(IterableDataset):
         self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with persistent workers
 
     def __len__(self):
-        return math.ceil(sum(last - first for _, first, last in self.plan()) / self.batch_size)
+        """The number of batches of a whole epoch, which is the same in each."""
+        return math.ceil(sum(end - first for _, first, end in self.plan()) / self.batch_size)
 
     def set_epoch(self, epoch, step=0):
         """The next iteration reads this epoch, from this step on. Without it, all epochs have the same order."""
         self.position[:] = torch.tensor([epoch, step])
+
+
+def worker_at(first_step):
+    """(the worker of plan() that this process is, their number). The DataLoader always starts with its worker 0."""
+    info = get_worker_info()
+    if info is None:  # without workers, the main process is the only one
+        return 0, 1
+    return (info.id + first_step) % info.num_workers, info.num_workers
 
 
 def make_train_loader_wds(args):
@@ -748,17 +762,21 @@ def make_val_loader_wds(args):
 
 
 def make_loader_wds(args, split):
-    urls, lengths, checksum = find_shards(args, split)
+    urls, lengths, checksum, classes = find_shards(args.shards, split, args.index)
+    if split == "train" and sum(lengths) < args.world_size:
+        fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
+    number = f", {len(classes)} classes" if classes else ""
+    say(args, f"=> {split}: {sum(lengths)} images, {len(urls)} shard{'s' if len(urls) > 1 else ''}{number}")
     transform = v2.Compose([DECODERS[args.decode], make_transform(args, split)])
     dataset = ShardDataset(
         urls, lengths, transform, args.batch_size, args.rank, args.world_size, args.shuffle, args.data_seed,
-        train=split == "train", reuse_memory=args.decode == "tensor",  # to_device() converts these bytes immediately
+        train=split == "train", reuse_memory=args.decode == "tensor",  # whose bytes to_device() converts, so copies
     )  # fmt: skip
     loader = DataLoader(
         dataset, batch_size=None, num_workers=args.workers, pin_memory=args.device.type == "cuda",
         persistent_workers=args.workers > 0, prefetch_factor=PREFETCH if args.workers else None,
     )  # fmt: skip
-    loader.checksum = checksum
+    loader.checksum = checksum  # tells these shards from others, for check_ranks_agree() and checkpoints
     return loader
 
 
@@ -771,13 +789,16 @@ LOADERS = {
 # ---------------------------------------------------------------------------- which worker reads what
 
 
-def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_workers=1):
-    """What a worker reads in an epoch: [(shard, first, last)] in reading order, the samples first <= i < last.
+def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, workers=1):
+    """What a worker reads in an epoch: [(shard, first, end)] in reading order, the samples first <= i < end.
 
     The shards, in an order drawn from (seed, epoch), form one sequence of samples. Each rank reads an equal range of
-    it; the last one wraps around. Without a seed, for validation, the shards are in order and no sample is taken twice.
-    Each worker reads a range of whole batches of its rank's range. The DataLoader asks the workers in turn, so the last
-    range, with the short batch, goes to the worker whose turn is last.
+    it; where the ranges go beyond its end, they continue at its start, so that at most world_size - 1 samples are read
+    twice. Without a seed, for validation, the shards are in order, and ranges differ by a sample instead.
+
+    Worker w makes the batches of the steps w, w + workers, ..., from a range of its rank's range. The ranges are laid
+    out so that the last one, with the short batch, is that of the worker which makes the last step: with 5 batches and
+    2 workers, worker 1 reads the first two, and worker 0 the other three.
     """
     total = sum(lengths)
     order = list(range(len(lengths)))
@@ -790,16 +811,16 @@ def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, num_wor
         first = rank * share % total
         end = first + share
     batches = math.ceil((end - first) / batch_size)
-    for i in range(num_workers):  # in the order of their ranges
-        turn = (batches + i) % num_workers
-        size = batch_size * len(range(turn, batches, num_workers))  # its steps: turn, turn + num_workers, ...
-        if turn == worker:
+    for i in range(workers):
+        current = (batches + i) % workers
+        size = batch_size * len(range(current, batches, workers))  # of its steps: current, current + workers, ...
+        if current == worker:
             break
         first += size
     end = min(end, first + size)
     pieces = []
     start = 0
-    for shard in order + order:  # twice, for the range that wraps around
+    for shard in order + order:  # twice, for ranges that continue at the start
         piece = (shard, max(first - start, 0), min(end - start, lengths[shard]))
         if piece[1] < piece[2]:
             pieces.append(piece)
@@ -815,21 +836,26 @@ IMAGES = {ending.lstrip(".") for ending in datasets.folder.IMG_EXTENSIONS}  # fi
 @wds.pipelinefilter  # read_shards(urls, lengths) is then a stage: it gets the pieces when the pipeline runs
 def read_shards(pieces, urls, lengths):
     """Stage 2: the samples of the pieces."""
-    for shard, first, last in pieces:
-        yield from read_shard(urls[shard], lengths[shard], first, last)
+    for shard, first, end in pieces:
+        yield from read_shard(urls[shard], lengths[shard], first, end)
 
 
-def read_shard(url, length, first, last):
-    """The samples first <= i < last of a shard. DataError if it is damaged or does not have `length` samples."""
-    end = None if last == length else last  # who reads the last sample also reads on, to see that no more follow
-    return itertools.islice(retry(url, functools.partial(read_tar, url, length)), first, end)
+def read_shard(url, length, first, end):
+    """The samples first <= i < end of a shard. DataError if it is damaged or does not have `length` samples.
+
+    retry() continues after the samples already read when a connection breaks.
+    """
+    samples = retry(url, functools.partial(read_tar, url, length))
+    if end == length:
+        end = None  # reads on after the last sample, so that read_tar() compares their number
+    return itertools.islice(samples, first, end)
 
 
 def read_tar(url, length):
     """The samples of a shard, undecoded: {"__url__", "__key__", "jpg" or another extension: bytes, "cls": bytes}."""
     count = 0
     with wds.gopen(url) as stream:
-        set_options(stream, ignore_errors=True)  # of a command's exit status: it is killed if only a part is read
+        set_options(stream, ignore_errors=True)  # a pipe: command fails if it is closed before its end
         for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
             if len(IMAGES & sample.keys()) != 1 or "cls" not in sample:
                 raise ValueError(f"sample {sample['__key__']} does not hold one image and one class")
@@ -844,33 +870,23 @@ def read_tar(url, length):
 
 
 @wds.pipelinefilter
-def decode_samples(samples, transform, seed):
-    """Stage 5: (image, class) of each sample. Its augmentation depends on the seed and its key, not on the order."""
+def decode_samples(samples, transform, epoch_seed):
+    """Stage 5: (image, class) of each sample. Its augmentation depends on the seed, the epoch and its key only."""
     for sample in samples:
         try:
             label = sample["cls"].strip()
             if not label.isdigit() or len(label) > 9 or int(label) >= NUM_CLASSES:
                 fail(f"its class {label[:20].decode(errors='replace')!r} is not a number from 0 to {NUM_CLASSES - 1}")
             (ending,) = IMAGES & sample.keys()
-            with seeded(f"{seed} {sample['__key__']}"):
+            state = random.getstate()  # without workers, the training loop draws from it, and from torch, too
+            with torch.random.fork_rng(devices=[]):
+                random.seed(f"{epoch_seed} {sample['__key__']}")
+                torch.default_generator.manual_seed(random.getrandbits(63))
                 image = transform(sample[ending])
+            random.setstate(state)
         except DataError as error:
             raise DataError(f"{sample['__url__']}: sample {sample['__key__']}: {error}") from error
         yield image, int(label)
-
-
-@contextlib.contextmanager
-def seeded(text):
-    """Seed `random` and torch, then restore their states: without workers, the training loop draws from them, too."""
-    state = random.getstate()
-    torch_state = torch.get_rng_state()
-    random.seed(text)
-    torch.default_generator.manual_seed(random.getrandbits(63))
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        torch.set_rng_state(torch_state)
 
 
 def decode_tensor(data):
@@ -883,11 +899,11 @@ def decode_tensor(data):
         with Image.open(io.BytesIO(data)) as image:  # reads the header, in 30 µs; rejects decompression bombs
             fast = decode_jpeg and image.format == "JPEG" and image.mode in ("L", "RGB")
             exif = image.info.get("exif", b"")[:10]  # its header
-        if fast and exif:  # TorchCodec would rotate the image
+        if fast and exif:  # without this header TorchCodec does not find the orientation
             data = data.replace(exif, bytes(len(exif)))
         if fast:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    except Exception:  # perhaps Pillow can decode it
+    except Exception:  # Pillow decodes it, or raises the error
         pass
     return v2.functional.pil_to_tensor(decode_pil(data))
 
@@ -897,7 +913,7 @@ DECODERS = {"tensor": decode_tensor, "pil": decode_pil}
 
 @functools.cache
 def jpeg_decoder():
-    """(name, function) of the fastest decoder available: from a JPEG's bytes, uint8 (N), to uint8 (3, H, W)."""
+    """(name, function) of the fastest decoder here, or (name, None); from a JPEG's uint8 (bytes,) to (3, H, W)."""
     try:
         from torchcodec.decoders import decode_jpeg  # 0.16 or newer
 
@@ -935,38 +951,37 @@ def crop_box(height, width):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def channels_last(image):
-    """(H, W, 3) from (3, H, W): the layout that decoders write, and that batches keep."""
+def to_hwc(image):
+    """(H, W, 3) from (3, H, W), without a copy: this is how the values lie in memory, after decoding and cropping."""
     return image.permute(1, 2, 0)
 
 
 # ---------------------------------------------------------------------------- batching, the device
 
-PREFETCH = 2  # batches that a worker prefetches; batched_in_place() relies on it
+PREFETCH = 2  # batches that each worker prepares in advance; batched_in_place() relies on it
 
 
 @wds.pipelinefilter
 def batched_in_place(samples, batch_size):
     """Stage 6, instead of wds.batched(): each batch of images reuses the memory of the third before it.
 
-    The caller holds at most one batch of each worker, and the DataLoader has PREFETCH more in flight. (Also at the
-    end of an epoch: no worker has two batches more than another.)
+    That is enough: of a worker's batches, the caller holds at most one, and the DataLoader requests PREFETCH more.
     """
     blocks = [None] * (PREFETCH + 1)
-    for turn in itertools.cycle(range(len(blocks))):
+    for i in itertools.cycle(range(len(blocks))):
         target = []
         for image, label in itertools.islice(samples, batch_size):
-            if blocks[turn] is None:
-                blocks[turn] = image.new_empty((batch_size, *image.shape)).share_memory_()
-            blocks[turn][len(target)] = image
+            if blocks[i] is None:  # shared, so that the main process gets the batch without a copy
+                blocks[i] = image.new_empty((batch_size, *image.shape)).share_memory_()
+            blocks[i][len(target)] = image
             target.append(label)
         if not target:
             return
-        yield blocks[turn][: len(target)], torch.tensor(target)
+        yield blocks[i][: len(target)], torch.tensor(target)
 
 
 def to_device(batches, device, memory_format=torch.contiguous_format):
-    """The batches on the device. uint8 images (B, H, W, 3) become normalized float32 (B, 3, H, W) there."""
+    """The batches on the device. uint8 images (B, H, W, 3) become normalized float32 (B, 3, H, W); others are kept."""
     mean = 255 * torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
     std = 255 * torch.tensor(STD, device=device).view(1, 3, 1, 1)
     for images, target in batches:
@@ -985,37 +1000,28 @@ INDEX = "_info.json"
 INDEX_NAMES = {"train": "train", "val": "validation"}  # the splits' names in the index
 
 
-def find_shards(args, split):
-    """(urls, lengths, checksum) of the shards of a split, "train" or "val", after checking the index."""
-    urls, lengths, checksum, classes = list_shards(args.shards, split, args.index)
-    for url in urls:
-        if is_local(url) and not os.path.exists(url):
-            fail(f"{url}: the index lists this shard, but it does not exist")
-    if split == "train" and sum(lengths) < args.world_size:
-        fail(f"{args.world_size} ranks but {sum(lengths)} training samples: start fewer processes")
-    if len(classes) > NUM_CLASSES:
-        fail(f"--shards {args.shards}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
-    number = f", {len(classes)} classes" if classes else ""
-    shards = "1 shard" if len(urls) == 1 else f"{len(urls)} shards"
-    say(args, f"=> {split}: {sum(lengths)} images in {shards}{number}")
-    return urls, lengths, checksum
-
-
-def list_shards(address, split, index=None):
-    """(urls, lengths, checksum, classes) of a split's shards, from the index: a path or URL, by default at the address.
+def find_shards(address, split, index=None):
+    """(urls, lengths, checksum, classes) of the shards of a split, "train" or "val", from their index.
 
     address: a folder, a URL prefix, or a URL or pipe: command in which {} stands for a file's name.
+    index: the path or URL of the index, if it is not at the address.
     checksum: differs between any two lists of shards, as their SHA-256 in the index tell or, if it has none, the names.
     """
     content = read_index(address, index)
     entry = content["splits"].get(INDEX_NAMES[split])
     if not entry or not entry["num_samples"]:
         fail(f"--shards {address}: its index lists no {split} samples; check --shards, or run makeshards.py")
+    classes = content["classes"]
+    if len(classes) > NUM_CLASSES:
+        fail(f"--shards {address}: {len(classes)} classes, but the model has {NUM_CLASSES} outputs")
     lengths = entry["shard_lengths"]
     urls = [file_at(address, name) for name in entry["filenames"]]
+    for url in urls:
+        if is_local(url) and not os.path.exists(url):
+            fail(f"{url}: the index lists this shard, but it does not exist")
     contents = [entry.get("shard_sha256") or entry["filenames"], lengths]
     checksum = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-    return urls, lengths, checksum, content.get("classes") or []
+    return urls, lengths, checksum, classes
 
 
 def read_index(address, index=None):
@@ -1034,9 +1040,10 @@ def read_index(address, index=None):
             for name in names:  # it becomes a part of paths, URLs and commands
                 if not re.fullmatch(r"\w[\w./=+-]*", name) or ".." in name:
                     raise ValueError(f"the file name {name!r}")
-            consistent = len(set(names)) == len(names) == len(lengths) and sum(lengths) == entry["num_samples"]
-            if not consistent or min(lengths, default=0) < 0:
+            numbers = all(isinstance(length, int) and length >= 0 for length in lengths)
+            if not numbers or not len(set(names)) == len(names) == len(lengths) or sum(lengths) != entry["num_samples"]:
                 raise ValueError("filenames, shard_lengths and num_samples are inconsistent")
+        content["classes"] = list(content.get("classes") or [])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         fail(f"{url}: not an index of shards ({what}); makeshards.py --index writes one")
@@ -1099,13 +1106,13 @@ def retry(url, read):
 
 def reason(error):
     """The message of an error without webdataset's additions, such as " @ <_io.BufferedReader name='a.tar'>"."""
-    text = error.args[0] if error.args else None
+    text = getattr(error, "strerror", None) or (error.args[0] if error.args else None)
     status = re.search(r"exit -?\d+(?= \(read\))", str(text))
     if status:  # of a command, whose environment webdataset adds
         return status[0]
     if isinstance(error, HTTPError) or not isinstance(text, str):
-        text = getattr(error, "strerror", None) or (first_line(error) if isinstance(error, OSError) else None)
-    return re.split(r" @ <| dict_keys", text or type(error).__name__)[0]
+        text = first_line(error) if isinstance(error, OSError) else type(error).__name__
+    return re.split(r" @ <| dict_keys", text)[0]
 
 
 def open_http(url, mode="rb", bufsize=None):
@@ -1155,7 +1162,6 @@ class Run:
         self.position = None  # see start_position()
         self.stop_signal = StopSignal()
         self.ended = torch.tensor(False).share_memory_()  # the workers look at it
-        Finalize(None, self.ended.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
 
     def stop_if_asked(self):
         """All ranks call this after the same step."""

@@ -277,7 +277,7 @@ def make_loader(args, images):
     main_wds = script()
     with contextlib.redirect_stdout(None):  # without its lines about the dataset
         if args.dataset == "wds":
-            urls, lengths = fit_epoch(*main_wds.find_shards(args, "train")[:2], images)
+            urls, lengths = fit_epoch(*main_wds.find_shards(args.shards, "train")[:2], images)
             return shard_loader(args, urls, lengths), urls
         loader = main_wds.make_train_loader_orig(args)
     if args.dummy:
@@ -365,7 +365,7 @@ def v2_transform(size):
     """Like main-wds.py's transform, but with torchvision's own crop and flip."""
     v2 = script().v2
     crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    return v2.Compose([script().decode_tensor, *crop, script().channels_last])
+    return v2.Compose([script().decode_tensor, *crop, script().to_hwc])
 
 
 def normalizing_time(args):

@@ -66,7 +66,7 @@ def make_plan(args):
     main_wds = script()
     try:
         files = datasets.ImageFolder(os.path.join(args.data, "train")).samples
-        urls, lengths, *_ = main_wds.list_shards(args.shards, "train")
+        urls, lengths, *_ = main_wds.find_shards(args.shards, "train")
     except (OSError, main_wds.DataError) as error:
         fail(main_wds.first_line(error))
     by_key = {}

@@ -151,7 +151,7 @@ def test_random_crop_is_torchvisions_resized_crop_or_its_mirror_image():
         box = main_wds.crop_box(*image.shape[1:])
         random.seed(seed)
         ours = main_wds.random_crop(image, 48)
-        assert ours.shape == (3, 48, 48) and main_wds.channels_last(ours).is_contiguous()
+        assert ours.shape == (3, 48, 48) and main_wds.to_hwc(ours).is_contiguous()
         theirs = v2.functional.resized_crop(image, *box, [48, 48])
         is_same, is_flipped = [
             bool((ours.int() - other.int()).abs().max() <= 1)  # CPUs without AVX2 round differently

@@ -247,7 +247,7 @@ def test_progress_resets_the_retries(read):
 
 def index_error(url):
     with pytest.raises(DataError) as error:
-        main_wds.list_shards(url, "train")
+        main_wds.find_shards(url, "train")
     return str(error.value)
 
 
@@ -263,7 +263,7 @@ def test_index_is_read_again(fault, server, monkeypatch, capfd):
         monkeypatch.setattr(main_wds, "TIMEOUT", 0.5)
     url = f"{server.url}/faulty"
     server.faults[f"/faulty/{INDEX}"] = [fault, fault]
-    assert main_wds.list_shards(url, "train")[1] == [13, 1]
+    assert main_wds.find_shards(url, "train")[1] == [13, 1]
     assert retries(capfd.readouterr().err) == [(f"{url}/{INDEX}", "0.01"), (f"{url}/{INDEX}", "0.02")]
     server.requests.clear()
     server.faults[f"/faulty/{INDEX}"] = [fault] * 9

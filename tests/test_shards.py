@@ -137,7 +137,7 @@ def as_uint8(data):
 
 def urls_and_lengths(folder):
     """Of write_shards()'s training shards."""
-    urls, lengths, *_ = main_wds.list_shards(str(folder), "train")
+    urls, lengths, *_ = main_wds.find_shards(str(folder), "train")
     return urls, lengths
 
 
@@ -410,9 +410,7 @@ def found_by(monkeypatch, split, *args):
     """([url], [length]) of the shards that main-wds.py finds for a split with these arguments."""
     monkeypatch.setattr(sys, "argv", ["main-wds.py", *map(str, args)])
     args = main_wds.parse_args()
-    args.rank = 0
-    args.world_size = 1
-    return main_wds.find_shards(args, split)[:2]
+    return main_wds.find_shards(args.shards, split, args.index)[:2]
 
 
 @pytest.fixture
@@ -592,6 +590,8 @@ INVALID_INDEXES = {
     "too few lengths": index_text(shard_lengths=[3]),
     "negative length": index_text(shard_lengths=[4, -1]),
     "no length": index_text(shard_lengths=[None, 3]),
+    "a float as length": index_text(shard_lengths=[2.0, 1]),
+    "no list of classes": index_text()[:-1] + ', "classes": 5}',
     "wrong sum": index_text(num_samples=4),
     "name twice": index_text(filenames=["a.tar", "a.tar"]),
 }
@@ -646,7 +646,7 @@ def test_checksum_tells_shards_by_their_digests(tmp_path):
 
     def checksum(**changes):
         (tmp_path / "_info.json").write_text(index_text(**changes))
-        _, _, found, _ = main_wds.list_shards(str(tmp_path), "train")
+        _, _, found, _ = main_wds.find_shards(str(tmp_path), "train")
         return found
 
     digests = {"shard_sha256": ["1" * 64, "2" * 64]}
