@@ -203,12 +203,6 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
-    if args.batch_size < ngpus_per_node:
-        fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
-    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would wait forever for its workers
-        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
-    if args.rank == 0 and not args.evaluate and not os.access(".", os.W_OK):
-        fail("can't write checkpoints to the current folder; run in another one")
     device = pick_device(gpu, ngpus_per_node, args)
     args.device = device
     if args.distributed:
@@ -216,7 +210,12 @@ def main_worker(gpu, ngpus_per_node, args):
         if backend == "nccl":
             backend = dist.get_default_backend_for_device(device)  # e.g. gloo on a CPU
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
-    options = shared_options(args)
+    if args.batch_size < ngpus_per_node:
+        fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
+    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would wait forever for its workers
+        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
+    if args.rank == 0 and not args.evaluate and not os.access(".", os.W_OK):
+        fail("can't write checkpoints to the current folder; run in another one")
     args.batch_size //= ngpus_per_node
     args.workers = math.ceil(args.workers / ngpus_per_node)
     if ngpus_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # else the processes compete for the cores
@@ -257,7 +256,7 @@ def main_worker(gpu, ngpus_per_node, args):
     contents = [len(loader.dataset) for loader in (val_loader, train_loader) if loader is not None]
     weights = list(model.parameters())[-1].detach().cpu().numpy()  # differ between any two checkpoints
     facts = {"checkpoint's epoch": checkpoint["epoch"], "checksum of its weights": zlib.crc32(weights.tobytes())}
-    check_ranks_agree(args, {**options, **facts, "data": contents})
+    check_ranks_agree(args, {**shared_options(args), **facts, "data": contents})
     epochs = range(first_epoch, args.epochs)
     if args.evaluate:
         validate(val_loader, model, criterion, args)
@@ -299,7 +298,7 @@ def pick_device(gpu, ngpus_per_node, args):
 
 
 def shared_options(args):
-    """{option: value} of those that must be the same on all nodes."""
+    """{option: value} of those that must be the same on all ranks; batch size and workers are those of a rank."""
     of_a_node = {"data", "resume", "dist_url"}
     of_a_rank = {"rank", "gpu", "device"}
     shared = vars(args).keys() - of_a_node - of_a_rank

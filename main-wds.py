@@ -80,7 +80,7 @@ def parse_args():
     real = at_least(0, float)
     add("--dataset", "--loader", choices=LOADERS, default="wds", help="read shards or folders (default: %(default)s)")
     add("--data", metavar="DIR", default="./data", help="orig: path to the dataset (default: %(default)s)")
-    add("--shards", metavar="URL", default="./shards", help="wds: folder, URL, or URL with {} (default: %(default)s)")
+    add("--shards", metavar="URL", default="./shards", help="wds: folder, URL or pipe: command (default: %(default)s)")
     add("--index", metavar="URL", help=f"wds: path or URL of the index (default: {INDEX} in --shards)")
     add("--shuffle", type=number, default=1000, metavar="N", help="wds: shuffle buffer size (default: %(default)s)")
     add("--decode", choices=DECODERS, default="tensor", help="JPEG decoder: fast or Pillow (default: %(default)s)")
@@ -233,12 +233,6 @@ def main_worker(gpu, ngpus_per_node, args):
     if args.multiprocessing_distributed:
         args.rank = args.rank * ngpus_per_node + gpu
     args.distributed = args.world_size > 1
-    if args.batch_size < ngpus_per_node:
-        fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
-    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would wait forever for its workers
-        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
-    if args.rank == 0 and not args.evaluate and not os.access(".", os.W_OK):
-        fail("can't write checkpoints to the current folder; run in another one")
     device = pick_device(gpu, ngpus_per_node, args)
     args.device = device
     if args.distributed:
@@ -246,7 +240,12 @@ def main_worker(gpu, ngpus_per_node, args):
         if backend == "nccl":
             backend = dist.get_default_backend_for_device(device)  # e.g. gloo on a CPU
         dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
-    options = shared_options(args)
+    if args.batch_size < ngpus_per_node:
+        fail(f"--batch-size {args.batch_size}: too small for the {ngpus_per_node} processes of this node")
+    if args.workers and len(tempfile.gettempdir()) > 75:  # PyTorch would wait forever for its workers
+        fail(f"TMPDIR={tempfile.gettempdir()}: too long for the workers' sockets; at most 75 characters")
+    if args.rank == 0 and not args.evaluate and not os.access(".", os.W_OK):
+        fail("can't write checkpoints to the current folder; run in another one")
     args.batch_size //= ngpus_per_node
     args.workers = math.ceil(args.workers / ngpus_per_node)
     if ngpus_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # else the processes compete for the cores
@@ -285,13 +284,16 @@ def main_worker(gpu, ngpus_per_node, args):
     say(args, f"=> decoding JPEGs with {'Pillow' if args.decode == 'pil' else jpeg_decoder()[0]}")
     args.data_seed = choose_seed(args, checkpoint)
     make_train_loader, make_val_loader = LOADERS["orig" if args.dummy else args.dataset]
-    run = Run(args, state)
-    val_loader = RunLoader(make_val_loader(args), run)
-    train_loader = None if args.evaluate else RunLoader(make_train_loader(args), run, checkpoint)
+    val_loader = make_val_loader(args)
+    train_loader = None if args.evaluate else make_train_loader(args)
+    run = Run(args, state)  # from here on, a signal stops after a step
+    val_loader = RunLoader(val_loader, run)
+    if not args.evaluate:
+        train_loader = RunLoader(train_loader, run, checkpoint)
     contents = [loader.contents for loader in (val_loader, train_loader) if loader is not None]
     weights = list(model.parameters())[-1].detach().cpu().numpy()  # differ between any two checkpoints
     facts = {"checkpoint's epoch": checkpoint["epoch"], "checksum of its weights": zlib.crc32(weights.tobytes())}
-    check_ranks_agree(args, {**options, **facts, "data": contents})
+    check_ranks_agree(args, {**shared_options(args), **facts, "data": contents})
     epochs = range(first_epoch, args.epochs)
     if args.evaluate:
         validate(val_loader, model, criterion, args)
@@ -332,7 +334,7 @@ def pick_device(gpu, ngpus_per_node, args):
 
 
 def shared_options(args):
-    """{option: value} of those that must be the same on all nodes."""
+    """{option: value} of those that must be the same on all ranks; batch size and workers are those of a rank."""
     of_a_node = {"data", "shards", "index", "resume", "dist_url"}
     of_a_rank = {"rank", "gpu", "device"}
     shared = vars(args).keys() - of_a_node - of_a_rank
@@ -699,7 +701,7 @@ class ShardDataset(IterableDataset):
         else:
             batched = wds.batched(self.batch_size, collation_fn=default_collate)
         pipeline = wds.DataPipeline(
-            functools.partial(self.plan, epoch, worker, workers),  # 1. (shard, first, end): which samples to read
+            functools.partial(self.pieces, epoch, worker, workers),  # 1. (shard, first, end): which samples to read
             read_shards(self.urls, self.lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
             wds.shuffle(self.shuffle, rng=rng),  # 3. the same, shuffled in a buffer
             wds.slice(earlier_steps * self.batch_size, None),  # 4. after a resume: drops those of earlier steps
@@ -728,15 +730,20 @@ class ShardDataset(IterableDataset):
         self.transform = transform
         self.batch_size = batch_size
         self.rank = rank
+        self.world_size = world_size
         self.shuffle = shuffle if train else 0
         self.seed = seed
+        self.train = train
         self.reuse_memory = reuse_memory
-        self.plan = functools.partial(plan, lengths, batch_size, rank, world_size, seed if train else None)
         self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with persistent workers
+
+    def pieces(self, epoch=0, worker=0, workers=1):
+        seed = self.seed if self.train else None
+        return plan(self.lengths, self.batch_size, self.rank, self.world_size, seed, epoch, worker, workers)
 
     def __len__(self):
         """The number of batches of a whole epoch, which is the same in each."""
-        return math.ceil(sum(end - first for _, first, end in self.plan()) / self.batch_size)
+        return math.ceil(sum(end - first for _, first, end in self.pieces()) / self.batch_size)
 
     def set_epoch(self, epoch, step=0):
         """The next iteration reads this epoch, from this step on. Without it, all epochs have the same order."""
@@ -1005,7 +1012,7 @@ def find_shards(address, split, index=None):
 
     address: a folder, a URL prefix, or a URL or pipe: command in which {} stands for a file's name.
     index: the path or URL of the index, if it is not at the address.
-    checksum: differs between any two lists of shards, as their SHA-256 in the index tell or, if it has none, the names.
+    checksum: SHA-256 over the shards' digests in the index, or over their names if it has none, and their lengths.
     """
     content = read_index(address, index)
     entry = content["splits"].get(INDEX_NAMES[split])
@@ -1063,8 +1070,8 @@ def file_at(address, name):
         return os.path.join(".", address, name)  # with a slash before any colon: gopen() would take it for a URL
     if "{}" in address:
         return address.replace("{}", name)
-    if address.startswith("pipe:"):
-        fail(f"--shards {address}: the command must hold {{}}, which stands for the name of a file")
+    if address.startswith("pipe:") or "?" in address:
+        fail(f"--shards {address}: it must hold {{}}, which stands for the name of a file")
     return f"{address.rstrip('/')}/{name}"
 
 
@@ -1154,7 +1161,7 @@ class StopSignal:
 
 
 class Run:
-    """Stops between two steps if a rank got a signal, with a checkpoint that holds the position, if there is one."""
+    """Stops between two steps once a rank has received a signal, with a checkpoint that holds the position, if any."""
 
     def __init__(self, args, state):
         self.args = args
@@ -1216,12 +1223,12 @@ def watch_run(ended):
 
 def choose_seed(args, checkpoint):
     """The seed of the order and the augmentation: --seed, else that of the position to resume at, else a random one."""
-    drawn = [random.SystemRandom().getrandbits(31)] * args.world_size
+    drawn = [{"seed": random.SystemRandom().getrandbits(31)}] * args.world_size
     if args.distributed:
         dist.all_gather_object(drawn, drawn[0])  # that of rank 0 is taken
     if args.seed is not None:
         return args.seed
-    return checkpoint.get("position", {}).get("seed", drawn[0])
+    return checkpoint.get("position", drawn[0])["seed"]
 
 
 def start_position(args, checksum, checkpoint):
@@ -1244,7 +1251,7 @@ def start_position(args, checksum, checkpoint):
 
 
 class RunLoader:
-    """The batches of a loader, on the device. The run may stop between two; training from shards keeps its position."""
+    """The batches of a loader, on the device. The run may stop between two batches; training keeps its position."""
 
     def __init__(self, loader, run, checkpoint=None):
         """checkpoint: for training only; it may hold the position to resume at."""

@@ -186,6 +186,19 @@ def test_nodes_with_different_options(script, option, value, expected, start, fo
     assert [line.partition(";")[0] for line in found] == [expected] * 2
 
 
+def test_nodes_with_different_numbers_of_processes(script, start, folders, shards, tmp_path):
+    """A node with one process and one with two divide the same batch size: their ranks' batches would differ."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 3}
+    runs = []
+    for rank, local in enumerate((1, 2, 2)):
+        more = {"RANK": rank, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local}
+        args = args_of(script, folders, shards)
+        runs.append(start(*args, script=script, cwd=tmp_path / str(rank), env={**env, **more}))
+    for run_of_rank in runs:
+        _, (line,) = run_of_rank.finish(status=2, lines=1)
+        assert line == f"{script}: --batch-size is 8 on rank 0 but 4 on rank 1; it must be the same"
+
+
 def test_nodes_with_different_shards(start, shards, tmp_path):
     other = write_shards(tmp_path / "other", noise, train=[90], validation=[60])
     args_of_nodes = [[*SMALL_RUN, "--shards", folder] for folder in (shards, other)]

@@ -273,6 +273,14 @@ def test_index_is_read_again(fault, server, monkeypatch, capfd):
     assert len(retries(capfd.readouterr().err)) == 2
 
 
+def test_signal_while_the_index_is_read_again(start, monkeypatch):
+    """It ends the run at once: there is no step yet after which it could stop."""
+    run = start(*FAST, "--shards", "http://127.0.0.1:9")
+    wait_until(lambda: "retrying in 2 s" in run.output(), run.output)
+    _, lines = run.kill(signal.SIGINT).finish(128 + signal.SIGINT, lines=None)
+    assert all("refused" in line for line in lines)
+
+
 def test_missing_index_or_server(server, monkeypatch):
     message = index_error(server.url)
     assert message.startswith(f"{server.url}/{INDEX}: can't be read (HTTP Error 404") and "check --shards" in message
