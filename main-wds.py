@@ -51,6 +51,7 @@ import threading
 import urllib.request
 import warnings
 from http.client import InvalidURL
+from multiprocessing.util import Finalize
 from urllib.error import HTTPError
 from urllib.parse import quote
 
@@ -1169,6 +1170,7 @@ class Run:
         self.position = None  # see start_position()
         self.stop_signal = StopSignal()
         self.ended = torch.tensor(False).share_memory_()  # the workers look at it
+        Finalize(None, self.ended.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
 
     def stop_if_asked(self):
         """All ranks call this after the same step."""
@@ -1185,7 +1187,7 @@ class Run:
             name = signal.Signals(number).name
             print_line(f"{os.path.basename(sys.argv[0])}: stopped by {name}; {what}", error=True)
         if self.args.distributed:
-            max_over_ranks(self.args, 0)  # waits until rank 0 has written it
+            max_over_ranks(self.args, 0)  # waits until rank 0 has written the checkpoint
             dist.destroy_process_group()
         sys.exit(128 + number)
 
@@ -1257,12 +1259,13 @@ class RunLoader:
         """checkpoint: for training only; it may hold the position to resume at."""
         self.loader = loader
         self.run = run
-        self.contents = getattr(loader, "checksum", None) or len(loader.dataset)
         self.position = None
         self.first_step = 0
         loader.worker_init_fn = functools.partial(init_worker, run.ended)
-        if checkpoint and hasattr(loader, "checksum"):
-            self.position = run.position = start_position(run.args, loader.checksum, checkpoint)
+        checksum = getattr(loader, "checksum", None)  # of shards; folders have none
+        self.contents = checksum or len(loader.dataset)
+        if checkpoint and checksum:
+            self.position = run.position = start_position(run.args, checksum, checkpoint)
         elif checkpoint and "position" in checkpoint and run.args.start_epoch is None:
             say(run.args, f"=> epoch {checkpoint['epoch']} is trained again from its first step")
 
@@ -1278,7 +1281,7 @@ class RunLoader:
             self.loader.sampler.set_epoch(epoch)
 
     def __iter__(self):
-        """From first_step on."""
+        """The batches from first_step on."""
         args = self.run.args
         count = len(self)
         common = -max_over_ranks(args, -count)  # validation's number of batches may differ by one between ranks

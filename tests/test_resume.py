@@ -513,7 +513,7 @@ def test_stop_while_workers_wait_for_a_server(start, hold, tmp_path):
     run = start(*args, instrument="record").until("^Epoch", count=5)
     server.wait_for_requests(4)
     run.kill(signal.SIGTERM)
-    ((shard, _, _),) = load("main-wds.py").plan(lengths, 4, 0, 1, seed=1, worker=0, num_workers=4)
+    ((shard, _, _),) = load("main-wds.py").plan(lengths, 4, 0, 1, seed=1, worker=0, workers=4)
     server.release(f"imagenet-train-{shard:06}.tar")  # else the run would wait for step 9
     epoch, step = stop_position(run, signal.SIGTERM)
     assert epoch == 0 and 5 <= step <= 9
