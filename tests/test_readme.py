@@ -89,7 +89,7 @@ def test_commands(tmp_path):
         if marked or command in NOT_RUN or command in ELSEWHERE:
             continue
         text = adapted(command).replace("/data/imagenet", str(tmp_path / "imagenet"))
-        text = re.sub("^python ", f"{sys.executable} ", text)
+        text = re.sub("^python ", f"'{sys.executable}' ", text)
         before = next((words for start, words in PREPARED.items() if command.startswith(start)), "true")
         stdout, _ = run_command(["bash", "-euc", f"{before}\n{text}"], cwd=project, env=env)
         if trains(command):
