@@ -880,18 +880,20 @@ def read_tar(url, length):
 @wds.pipelinefilter
 def decode_samples(samples, transform, epoch_seed):
     """Stage 5: (image, class) of each sample. Its augmentation depends on the seed, the epoch and its key only."""
+    in_main = get_worker_info() is None  # there, the training loop draws from `random` and torch, too
     for sample in samples:
         try:
             label = sample["cls"].strip()
             if not label.isdigit() or len(label) > 9 or int(label) >= NUM_CLASSES:
                 fail(f"its class {label[:20].decode(errors='replace')!r} is not a number from 0 to {NUM_CLASSES - 1}")
             (ending,) = IMAGES & sample.keys()
-            state = random.getstate()  # without workers, the training loop draws from it, and from torch, too
-            with torch.random.fork_rng(devices=[]):
+            state = random.getstate() if in_main else None
+            with torch.random.fork_rng(devices=[], enabled=in_main):
                 random.seed(f"{epoch_seed} {sample['__key__']}")
                 torch.default_generator.manual_seed(random.getrandbits(63))
                 image = transform(sample[ending])
-            random.setstate(state)
+            if in_main:
+                random.setstate(state)
         except DataError as error:
             raise DataError(f"{sample['__url__']}: sample {sample['__key__']}: {error}") from error
         yield image, int(label)
