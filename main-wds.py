@@ -739,6 +739,7 @@ class ShardDataset(IterableDataset):
         self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with persistent workers
 
     def pieces(self, epoch=0, worker=0, workers=1):
+        """plan() for this rank; by default, as if one worker read all of it."""
         seed = self.seed if self.train else None
         return plan(self.lengths, self.batch_size, self.rank, self.world_size, seed, epoch, worker, workers)
 
