@@ -692,34 +692,41 @@ class ShardDataset(IterableDataset):
 
     def __iter__(self):
         """A worker's batches of an epoch. The attributes are explained in __init__()."""
-        epoch, first_step = self.position.tolist()
-        worker, workers = worker_at(first_step)
-        earlier_steps = len(range(worker, first_step, workers))  # of this worker: worker, worker + workers, ...
-        epoch_seed = f"{self.seed} {epoch}"
-        rng = random.Random(f"{epoch_seed} {self.rank} {worker}")
+        epoch, _ = self.shared.tolist()
+        self.set_epoch(epoch)  # a persistent worker has a copy of this object, of an earlier epoch
+        self.shared[1] = True
+        step = self.position["step"]
+        if step == len(self):  # only validation is left
+            return iter(())
+        first_step, _ = self.position["runs"][-1]
+        worker, workers = worker_at(step - first_step, self.workers)
+        earlier_steps = len(range(first_step + worker, step, workers))  # of this worker, before the run was resumed
+        rng = shuffle_rng(self.seed, epoch, self.rank, worker)
         if self.reuse_memory:
             batched = batched_in_place(self.batch_size)
         else:
             batched = wds.batched(self.batch_size, collation_fn=default_collate)
         pipeline = wds.DataPipeline(
-            functools.partial(self.pieces, epoch, worker, workers),  # 1. (shard, first, end): which samples to read
+            functools.partial(self.pieces, worker, workers),  # 1. (shard, numbers): which samples to read
             read_shards(self.urls, self.lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
             wds.shuffle(self.shuffle, rng=rng),  # 3. the same, shuffled in a buffer
             wds.slice(earlier_steps * self.batch_size, None),  # 4. after a resume: drops those of earlier steps
-            decode_samples(self.transform, epoch_seed),  # 5. (image, class)
+            decode_samples(self.transform, f"{self.seed} {epoch}"),  # 5. (image, class)
             batched,  # 6. (images, target)
         )
         return iter(pipeline)
 
     def __init__(
-        self, urls, lengths, transform, batch_size, rank=0, world_size=1, shuffle=1000, seed=0, train=True,
-        reuse_memory=False,
+        self, urls, lengths, checksum, transform, batch_size, rank=0, world_size=1, workers=0, shuffle=1000, seed=0,
+        train=True, reuse_memory=False,
     ):  # fmt: skip
-        """The batches of any training loop: DataLoader(dataset, batch_size=None, num_workers=4).
+        """The batches of any training loop: DataLoader(dataset, batch_size=None, num_workers=dataset.workers).
 
         urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
+        checksum: any string that tells these shards from others; find_shards() returns one.
         transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
-        shuffle: size of each worker's shuffle buffer, in samples. seed: must be the same on all ranks.
+        batch_size, workers: those of a rank. They must be the same on all ranks, like the two options that follow.
+        shuffle: size of each worker's shuffle buffer, in samples. seed: that of the order and the augmentation.
         train: False, for validation, reads each sample exactly once and in order; ranks may get different numbers.
         reuse_memory: faster, but later batches overwrite the images: copy each batch before requesting the next.
 
@@ -728,36 +735,76 @@ class ShardDataset(IterableDataset):
         super().__init__()
         self.urls = urls
         self.lengths = lengths
+        self.checksum = checksum
         self.transform = transform
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self.workers = workers
         self.shuffle = shuffle if train else 0
-        self.seed = seed
-        self.train = train
+        self.seed = seed if train else None
         self.reuse_memory = reuse_memory
-        self.position = torch.tensor([0, 0]).share_memory_()  # epoch, first step; shared with persistent workers
+        names = ("world_size", "workers", "batch_size", "shuffle", "seed")
+        self.options = {name: getattr(self, name) for name in names}  # what the order depends on
+        self.shared = torch.tensor([0, False]).share_memory_()  # epoch, whether it was read; shared with the workers
+        self.position = {}
+        self.set_epoch(0)
 
-    def pieces(self, epoch=0, worker=0, workers=1):
+    def pieces(self, worker=0, workers=1):
         """plan() for this rank; by default, as if one worker read all of it."""
-        seed = self.seed if self.train else None
-        return plan(self.lengths, self.batch_size, self.rank, self.world_size, seed, epoch, worker, workers)
+        epoch = self.position["epoch"]
+        return plan(self.left, self.batch_size, self.rank, self.world_size, self.seed, epoch, worker, workers)
 
     def __len__(self):
-        """The number of batches of a whole epoch, which is the same in each."""
-        return math.ceil(sum(end - first for _, first, end in self.pieces()) / self.batch_size)
+        """The number of batches of the epoch, including those before the position."""
+        first_step, _ = self.position["runs"][-1]
+        return first_step + math.ceil(sum(len(numbers) for _, numbers in self.pieces()) / self.batch_size)
 
-    def set_epoch(self, epoch, step=0):
-        """The next iteration reads this epoch, from this step on. Without it, all epochs have the same order."""
-        self.position[:] = torch.tensor([epoch, step])
+    def set_epoch(self, epoch):
+        """The next iteration reads this epoch or, if it is that of the loaded position, what is left of it.
+
+        Without it, all epochs have the same order.
+        """
+        self.shared[0] = epoch
+        if epoch != self.position.get("epoch"):
+            self.position = {"epoch": epoch, "step": 0, "shards": self.checksum, "runs": [(0, self.options)]}
+            self.left = [range(length) for length in self.lengths]  # the numbers of the samples in each shard
+
+    def state_dict(self, step):
+        """The position after this step of the epoch: a small dict for a checkpoint. `runs`: see samples_left()."""
+        return {**self.position, "step": step}
+
+    def load_state_dict(self, position):
+        """Continue at a position. If it is one of other options, what is left of its epoch is divided anew.
+
+        All ranks call this before the first iteration. DataError if the position is one of other shards.
+        """
+        if self.shared[1]:
+            fail("load_state_dict() must be called before the first iteration")
+        if "runs" not in position:
+            fail("its position was saved by an earlier version")
+        if position["shards"] != self.checksum:
+            fail("its position is one in other shards")
+        runs = [run for run in position["runs"] if run[0] < position["step"]]  # those that took a step
+        if not runs or runs[-1][1] != self.options:
+            runs.append((position["step"], self.options))
+        self.set_epoch(position["epoch"])
+        self.position = {**position, "runs": runs}
+        self.left = samples_left(self.lengths, position["epoch"], runs)
 
 
-def worker_at(first_step):
-    """(the worker of plan() that this process is, their number). The DataLoader always starts with its worker 0."""
+def worker_at(steps, workers):
+    """(the worker of plan() that this process is, their number), in a run that has taken this number of steps.
+
+    The DataLoader always starts with its worker 0, which may not be the one whose turn it is.
+    """
     info = get_worker_info()
+    number = info.num_workers if info else 0
+    if number != workers:
+        fail(f"the DataLoader has num_workers={number}, but the ShardDataset has workers={workers}")
     if info is None:  # without workers, the main process is the only one
         return 0, 1
-    return (info.id + first_step) % info.num_workers, info.num_workers
+    return (info.id + steps) % workers, workers
 
 
 def make_train_loader_wds(args):
@@ -778,15 +825,14 @@ def make_loader_wds(args, split):
     say(args, f"=> {split}: {sum(lengths)} images, {len(urls)} shard{'s' if len(urls) > 1 else ''}{number}")
     transform = v2.Compose([DECODERS[args.decode], make_transform(args, split)])
     dataset = ShardDataset(
-        urls, lengths, transform, args.batch_size, args.rank, args.world_size, args.shuffle, args.data_seed,
-        train=split == "train", reuse_memory=args.decode == "tensor",  # whose bytes to_device() converts, so copies
+        urls, lengths, checksum, transform, args.batch_size, args.rank, args.world_size, args.workers, args.shuffle,
+        args.data_seed, train=split == "train",
+        reuse_memory=args.decode == "tensor",  # whose bytes to_device() converts, so copies
     )  # fmt: skip
-    loader = DataLoader(
+    return DataLoader(
         dataset, batch_size=None, num_workers=args.workers, pin_memory=args.device.type == "cuda",
         persistent_workers=args.workers > 0, prefetch_factor=PREFETCH if args.workers else None,
     )  # fmt: skip
-    loader.checksum = checksum  # tells these shards from others, for check_ranks_agree() and checkpoints
-    return loader
 
 
 LOADERS = {
@@ -798,8 +844,10 @@ LOADERS = {
 # ---------------------------------------------------------------------------- which worker reads what
 
 
-def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, workers=1):
-    """What a worker reads in an epoch: [(shard, first, end)] in reading order, the samples first <= i < end.
+def plan(samples, batch_size, rank, world_size, seed, epoch=0, worker=0, workers=1):
+    """What a worker reads in an epoch: [(shard, numbers)] in reading order, with the numbers of samples, ascending.
+
+    samples: for each shard, the numbers of those to read: all, or what earlier runs of the epoch have left.
 
     The shards, in an order drawn from (seed, epoch), form one sequence of samples. Each rank reads an equal range of
     it; where the ranges go beyond its end, they continue at its start, so that at most world_size - 1 samples are read
@@ -809,15 +857,15 @@ def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, workers
     out so that the last one, with the short batch, is that of the worker which makes the last step: with 5 batches and
     2 workers, worker 1 reads the first two, and worker 0 the other three.
     """
-    total = sum(lengths)
-    order = list(range(len(lengths)))
+    total = sum(map(len, samples))
+    order = list(range(len(samples)))
     if seed is None:
         first = total * rank // world_size
         end = total * (rank + 1) // world_size
     else:
         random.Random(f"{seed} {epoch}").shuffle(order)
         share = math.ceil(total / world_size)
-        first = rank * share % total
+        first = rank * share % max(total, 1)
         end = first + share
     batches = math.ceil((end - first) / batch_size)
     for i in range(workers):
@@ -830,11 +878,16 @@ def plan(lengths, batch_size, rank, world_size, seed, epoch=0, worker=0, workers
     pieces = []
     start = 0
     for shard in order + order:  # twice, for ranges that continue at the start
-        piece = (shard, max(first - start, 0), min(end - start, lengths[shard]))
-        if piece[1] < piece[2]:
-            pieces.append(piece)
-        start += lengths[shard]
+        numbers = samples[shard][max(first - start, 0) : max(end - start, 0)]
+        if numbers:
+            pieces.append((shard, numbers))
+        start += len(samples[shard])
     return pieces
+
+
+def shuffle_rng(seed, epoch, rank, worker):
+    """The random numbers with which a worker shuffles."""
+    return random.Random(f"{seed} {epoch} {rank} {worker}")
 
 
 # ---------------------------------------------------------------------------- reading
@@ -845,19 +898,24 @@ IMAGES = {ending.lstrip(".") for ending in datasets.folder.IMG_EXTENSIONS}  # fi
 @wds.pipelinefilter  # read_shards(urls, lengths) is then a stage: it gets the pieces when the pipeline runs
 def read_shards(pieces, urls, lengths):
     """Stage 2: the samples of the pieces."""
-    for shard, first, end in pieces:
-        yield from read_shard(urls[shard], lengths[shard], first, end)
+    for shard, numbers in pieces:
+        yield from read_shard(urls[shard], lengths[shard], numbers)
 
 
-def read_shard(url, length, first, end):
-    """The samples first <= i < end of a shard. DataError if it is damaged or does not have `length` samples.
+def read_shard(url, length, numbers):
+    """The samples of a shard with these numbers, ascending from 0. DataError if it is damaged or too short.
 
-    retry() continues after the samples already read when a connection breaks.
+    If the last sample is read, the shard must not hold more than `length`. retry() continues after the samples already
+    read when a connection breaks.
     """
     samples = retry(url, functools.partial(read_tar, url, length))
+    end = numbers[-1] + 1
     if end == length:
         end = None  # reads on after the last sample, so that read_tar() compares their number
-    return itertools.islice(samples, first, end)
+    wanted = set(numbers)
+    for number, sample in enumerate(itertools.islice(samples, end)):
+        if number in wanted:
+            yield sample
 
 
 def read_tar(url, length):
@@ -1170,7 +1228,7 @@ class Run:
     def __init__(self, args, state):
         self.args = args
         self.state = state  # state(epoch): what a checkpoint holds
-        self.position = None  # see start_position()
+        self.position = None  # that of ShardDataset.state_dict(), once training from shards begins
         self.stop_signal = StopSignal()
         self.ended = torch.tensor(False).share_memory_()  # the workers look at it
         Finalize(None, self.ended.fill_, [True], exitpriority=0)  # before multiprocessing waits for them
@@ -1225,34 +1283,72 @@ def watch_run(ended):
 
 # ---------------------------------------------------------------------------- the position, resuming
 
+WORDS = {  # for ShardDataset.options
+    "world_size": "{} ranks",
+    "workers": "{} workers per rank",
+    "batch_size": "batches of {} per rank",
+    "shuffle": "--shuffle {}",
+    "seed": "--seed {}",
+}
+
+
+def samples_left(lengths, epoch, runs):
+    """For each shard, the numbers of the samples that are left for the last of an epoch's runs: ranges or lists.
+
+    runs: [(first step, options)]. The options of a run and its number of steps determine which samples it has used:
+    this runs the same stages over numbers, without reading, for all of its ranks and workers.
+    """
+    left = [range(length) for length in lengths]
+    for (first_step, run), (end, _) in itertools.pairwise(runs):
+        used = [bytearray(length) for length in lengths]  # for each sample, whether the run has used it
+        world_size = run["world_size"]
+        workers = max(run["workers"], 1)
+        for rank, worker in itertools.product(range(world_size), range(workers)):
+            pieces = plan(left, run["batch_size"], rank, world_size, run["seed"], epoch, worker, workers)
+            samples = ((shard, number) for shard, numbers in pieces for number in numbers)
+            rng = shuffle_rng(run["seed"], epoch, rank, worker)
+            shuffled = wds.shuffle(run["shuffle"], rng=rng)(samples)
+            steps = len(range(first_step + worker, end, workers))
+            for shard, number in itertools.islice(shuffled, steps * run["batch_size"]):
+                used[shard][number] = True
+        for shard, flags in enumerate(used):
+            if any(flags):
+                left[shard] = [number for number in left[shard] if not flags[number]]
+    return left
+
 
 def choose_seed(args, checkpoint):
     """The seed of the order and the augmentation: --seed, else that of the position to resume at, else a random one."""
-    drawn = [{"seed": random.SystemRandom().getrandbits(31)}] * args.world_size
+    drawn = [random.SystemRandom().getrandbits(31)] * args.world_size
     if args.distributed:
         dist.all_gather_object(drawn, drawn[0])  # that of rank 0 is taken
     if args.seed is not None:
         return args.seed
-    return checkpoint.get("position", drawn[0])["seed"]
+    runs = checkpoint.get("position", {}).get("runs")
+    return runs[-1][1]["seed"] if runs else drawn[0]
 
 
-def start_position(args, checksum, checkpoint):
-    """Where training from shards stands: epoch, step, and what determines the rest of the epoch.
-
-    It starts with that of the checkpoint, if there is one; DataError if the shards or options differ from it. Batch
-    size and workers are those of a rank.
-    """
-    names = ("world_size", "workers", "batch_size", "shuffle", "image_size", "decode", "augmentation")
-    same = {"shards": checksum, "seed": args.data_seed, **{name: getattr(args, name) for name in names}}
-    saved = checkpoint.get("position")
-    if not saved or args.start_epoch is not None:
-        return {"epoch": None, "step": 0, **same}
-    for name, value in same.items():
-        if saved.get(name) != value:
-            what = "other shards" if name == "shards" else f"{name} {saved.get(name)}, not {value}"
-            way_out = f"use the same, or restart the epoch with --start-epoch {checkpoint['epoch']}"
-            fail(f"--resume {args.resume}: it was saved within an epoch with {what}; {way_out}")
-    return {"epoch": checkpoint["epoch"], "step": saved["step"], **same}
+def resume(args, dataset, checkpoint):
+    """Let the training dataset continue at the position of the checkpoint, if it has one."""
+    position = checkpoint.get("position")
+    if not position or args.start_epoch is not None:
+        return
+    epoch = checkpoint["epoch"]
+    if not isinstance(dataset, ShardDataset):
+        say(args, f"=> epoch {epoch} is trained again from its first step")
+        return
+    try:
+        dataset.load_state_dict(position)
+    except DataError as error:
+        fail(f"--resume {args.resume}: {error}; restart the epoch with --start-epoch {epoch}")
+    runs = dataset.position["runs"]
+    first_step, options = runs[-1]
+    if len(runs) > 1 and first_step == position["step"]:  # a new run begins, with other options than the last one
+        changes = []
+        for name, earlier in runs[-2][1].items():
+            if options[name] != earlier:
+                changes.append(f"{WORDS[name].format(options[name])}, not {earlier}")
+        say(args, f"=> the rest of epoch {epoch} is divided anew ({'; '.join(changes)})")
 
 
 class RunLoader:
@@ -1262,24 +1358,22 @@ class RunLoader:
         """checkpoint: for training only; it may hold the position to resume at."""
         self.loader = loader
         self.run = run
-        self.position = None
         self.first_step = 0
         loader.worker_init_fn = functools.partial(init_worker, run.ended)
-        checksum = getattr(loader, "checksum", None)  # of shards; folders have none
-        self.contents = checksum or len(loader.dataset)
-        if checkpoint and checksum:
-            self.position = run.position = start_position(run.args, checksum, checkpoint)
-        elif checkpoint and "position" in checkpoint and run.args.start_epoch is None:
-            say(run.args, f"=> epoch {checkpoint['epoch']} is trained again from its first step")
+        if checkpoint:
+            resume(run.args, loader.dataset, checkpoint)
+        of_shards = isinstance(loader.dataset, ShardDataset)
+        self.keeps_position = of_shards and checkpoint is not None
+        self.contents = loader.dataset.position if of_shards else len(loader.dataset)
 
     def __len__(self):
         return len(self.loader)
 
     def set_epoch(self, epoch):
-        if self.position:
-            self.first_step = self.position["step"] if self.position["epoch"] == epoch else 0
-            self.position.update(epoch=epoch, step=self.first_step)
-            self.loader.dataset.set_epoch(epoch, self.first_step)
+        if self.keeps_position:
+            self.loader.dataset.set_epoch(epoch)
+            self.run.position = self.loader.dataset.position
+            self.first_step = self.run.position["step"]
         elif self.run.args.distributed:
             self.loader.sampler.set_epoch(epoch)
 
@@ -1289,17 +1383,16 @@ class RunLoader:
         count = len(self)
         common = -max_over_ranks(args, -count)  # validation's number of batches may differ by one between ranks
         self.run.stop_if_asked()
-        if 0 < self.first_step == count:  # only validation is left; the loader would read all shards and discard them
+        if 0 < self.first_step == count:  # only validation is left
             warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # without a step of the optimizer
-            return
         try:
             batches = to_device(self.loader, args.device, args.memory_format)
             for step, batch in enumerate(batches, self.first_step + 1):
-                if self.position:
-                    set_seed(args, f"{self.position['epoch']} {step}")
+                if self.keeps_position:
+                    set_seed(args, f"{self.run.position['epoch']} {step}")
                 yield batch
-                if self.position:
-                    self.position["step"] = step
+                if self.keeps_position:
+                    self.run.position = self.loader.dataset.state_dict(step)
                     if args.checkpoint_steps and step % args.checkpoint_steps == 0:
                         self.run.save()
                 if step < common and (step % args.print_freq == 0 or not args.distributed):

@@ -290,8 +290,8 @@ def make_loader(args, images):
 def shard_loader(args, urls, lengths):
     """make_loader_wds() for these shards."""
     main_wds = script()
-    options = {"shuffle": args.shuffle, "reuse_memory": args.decode == "tensor"}
-    dataset = main_wds.ShardDataset(urls, lengths, train_transform(args), args.batch_size, **options)
+    options = {"workers": args.workers, "shuffle": args.shuffle, "reuse_memory": args.decode == "tensor"}
+    dataset = main_wds.ShardDataset(urls, lengths, "", train_transform(args), args.batch_size, **options)
     workers = {"persistent_workers": True, "prefetch_factor": main_wds.PREFETCH} if args.workers else {}
     pin_memory = args.device.type == "cuda"
     return main_wds.DataLoader(dataset, None, num_workers=args.workers, pin_memory=pin_memory, **workers)

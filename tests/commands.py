@@ -240,13 +240,14 @@ def run_ranks(ranks, script, *args, cwd, status=0):
     return stdout, stderr
 
 
-def start_nodes(start, script, folder, *args_of_nodes):
+def start_nodes(start, script, folder, *args_of_nodes, env=None, **options):
     """The runs of one process per node, each with its own arguments, as torchrun would start them."""
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": len(args_of_nodes)}
+    env = {**(env or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": len(args_of_nodes)}
     env |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    folder.mkdir(exist_ok=True)
     runs = []
     for rank, args in enumerate(args_of_nodes):
-        runs.append(start(*args, script=script, cwd=folder / str(rank), env={**env, "RANK": rank}))
+        runs.append(start(*args, script=script, cwd=folder / str(rank), env={**env, "RANK": rank}, **options))
     return runs
 
 

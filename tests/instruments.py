@@ -28,22 +28,22 @@ def record():
     decoded = os.open("decoded", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def recorded(self):
-        names = [f"{name}{self.run.args.rank}" if self.position else os.devnull for name in ("seen", "seeds")]
+        names = [f"{name}{self.run.args.rank}" if self.keeps_position else os.devnull for name in ("seen", "seeds")]
         with open(names[0], "a", buffering=1) as seen, open(names[1], "a", buffering=1) as seeds:
             for images, target in batches(self):
                 print(*target.tolist(), file=seen)
                 print(torch.initial_seed(), file=seeds)
                 yield images, target
-                if self.position and next(steps) == int(os.environ.get("HOLD_AT", 0)):
+                if self.keeps_position and next(steps) == int(os.environ.get("HOLD_AT", 0)):
                     wait_for_signal(self.run)
 
     def counted(transform, data):
         os.write(decoded, b".")
         return transform(data)
 
-    def counting(self, urls, lengths, transform, *args, train=True, **options):
+    def counting(self, urls, lengths, checksum, transform, *args, train=True, **options):
         transform = functools.partial(counted, transform) if train else transform
-        create(self, urls, lengths, transform, *args, train=train, **options)
+        create(self, urls, lengths, checksum, transform, *args, train=train, **options)
 
     main_wds.RunLoader.__iter__ = recorded
     main_wds.ShardDataset.__init__ = counting

@@ -77,7 +77,7 @@ def make_plan(args):
         by_key[f"{i:07d}"] = file
     plan = {**vars(args), "urls": [], "lengths": [], "samples": []}
     for url, length in zip(urls, lengths, strict=True):
-        keys = [sample["__key__"] for sample in main_wds.read_shard(url, length, 0, length)]
+        keys = [sample["__key__"] for sample in main_wds.read_shard(url, length, range(length))]
         if not by_key.keys() >= set(keys):
             fail(f"{url}: not a shard of the images in {args.data}/train; write the shards again")
         plan["urls"].append(url)

@@ -63,7 +63,7 @@ def read(path, length):
 def decoded_samples(path, length):
     args = argparse.Namespace(decode="tensor", image_size=32, augmentation="full", dummy=False)
     transform = v2.Compose([main_wds.decode_tensor, main_wds.make_transform(args, "val")])
-    for sample in main_wds.read_shard(path, length, 0, length):
+    for sample in main_wds.read_shard(path, length, range(length)):
         ((image, label),) = main_wds.decode_samples(transform, 0)([sample])
         yield sample["__key__"], label, hashlib.sha256(image.numpy().tobytes()).hexdigest()
 

@@ -205,7 +205,7 @@ def read(server, monkeypatch, capfd):
         server.requests.clear()
         server.faults["/a.tar"] = faults
         try:
-            found = [sample["__key__"] for sample in main_wds.read_shard(f"{server.url}/a.tar", 8, first, last)]
+            found = [sample["__key__"] for sample in main_wds.read_shard(f"{server.url}/a.tar", 8, range(first, last))]
         except DataError as error:
             found = str(error)
             assert found.startswith(f"{server.url}/a.tar: ") and "\n" not in found
@@ -352,13 +352,13 @@ def test_no_command_outlives_its_shard(command, tmp_path, monkeypatch):
     monkeypatch.setattr(main_wds, "PAUSES", ())
     files = open_files()
     url = "pipe:" + command
-    assert len(list(main_wds.read_shard(url % f"{tmp_path}/a.tar", 5, 1, 3))) == 2
-    reader = main_wds.read_shard(url % f"{tmp_path}/a.tar", 5, 0, 5)
+    assert len(list(main_wds.read_shard(url % f"{tmp_path}/a.tar", 5, range(1, 3)))) == 2
+    reader = main_wds.read_shard(url % f"{tmp_path}/a.tar", 5, range(5))
     next(reader)
     del reader
     for name, length in (("a.tar", 4), ("damaged.tar", 5)):
         with pytest.raises(DataError):
-            list(main_wds.read_shard(url % f"{tmp_path}/{name}", length, 0, length))
+            list(main_wds.read_shard(url % f"{tmp_path}/{name}", length, range(length)))
     assert processes_with(f"{tmp_path}/") == []
     assert open_files() <= files
 
@@ -621,14 +621,14 @@ def test_stream_truncated_anywhere(monkeypatch, capfd):
         whole = b"".join(pieces)
         for size in range(0, len(whole), 64):
             responses[:] = [whole[:size], whole]
-            assert list(main_wds.read_shard("test://a.tar", len(good), 0, len(good))) == good, size
+            assert list(main_wds.read_shard("test://a.tar", len(good), range(len(good)))) == good, size
             assert len(retries(capfd.readouterr().err)) == 1, size
 
 
 def check_damaged(url, length):
     """Assert that read_shard() yields the right number of samples, or raises a DataError that names the shard."""
     try:
-        found = list(main_wds.read_shard(url, length, 0, length))
+        found = list(main_wds.read_shard(url, length, range(length)))
     except DataError as error:
         assert str(error).startswith(f"{url}: ")
     else:

@@ -1,15 +1,18 @@
-"""plan(): what each worker of each rank reads in an epoch, for any shards, ranks, workers and batch size."""
+"""What each worker of each rank reads in an epoch: for any shards, ranks, workers, batch sizes, stops and changes."""
 
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
+import pytest
 from commands import load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DistributedSampler
 
-plan = load("main-wds.py").plan
+main_wds = load("main-wds.py")
+plan = main_wds.plan
 SHARDS = st.lists(st.one_of(st.integers(0, 50), st.integers(0, 2)), min_size=1, max_size=20).filter(sum)
 RANKS = st.integers(1, 7)
 WORKERS = st.integers(0, 5)
@@ -17,6 +20,11 @@ BATCH_SIZE = st.integers(1, 64)
 EPOCH = st.integers(0, 3)
 SEED = st.integers(0, 99)
 many_examples = settings(deadline=None, max_examples=500, database=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def whole(lengths):
+    """The samples of a whole epoch."""
+    return [range(length) for length in lengths]
 
 
 def batches_of_rank(lengths, epoch, rank, world_size, workers, batch_size, seed):
@@ -29,9 +37,9 @@ def batches_of_rank(lengths, epoch, rank, world_size, workers, batch_size, seed)
     queues = []
     for worker in range(workers):
         samples = []
-        for shard, first, last in plan(lengths, batch_size, rank, world_size, seed, epoch, worker, workers):
-            assert 0 <= first < last <= lengths[shard]
-            samples += range(offsets[shard] + first, offsets[shard] + last)
+        for shard, numbers in plan(whole(lengths), batch_size, rank, world_size, seed, epoch, worker, workers):
+            assert 0 <= numbers[0] <= numbers[-1] < lengths[shard]
+            samples += [offsets[shard] + number for number in numbers]
         queues.append([samples[i : i + batch_size] for i in range(0, len(samples), batch_size)])
     batches = []
     for turn in itertools.count():
@@ -87,10 +95,9 @@ def test_validation_reads_each_sample_once(lengths, ranks, workers, batch_size):
 @given(SHARDS, EPOCH, RANKS, WORKERS, BATCH_SIZE, st.none() | SEED)
 def test_worker_reads_at_most_two_partial_shards(lengths, epoch, ranks, workers, batch_size, seed):
     for rank, worker in itertools.product(range(ranks), range(workers)):
-        pieces = plan(lengths, batch_size, rank, ranks, seed, epoch, worker, workers)
-        is_whole = [(first, last) == (0, lengths[shard]) for shard, first, last in pieces]
-        assert all(is_whole[1:-1])
-        assert all(first == 0 for _, first, _ in pieces[1:])  # only its first shard has samples to skip
+        pieces = plan(whole(lengths), batch_size, rank, ranks, seed, epoch, worker, workers)
+        assert all(numbers == range(lengths[shard]) for shard, numbers in pieces[1:-1])
+        assert all(numbers[0] == 0 for _, numbers in pieces[1:])  # only its first shard has samples to skip
 
 
 @many_examples
@@ -106,8 +113,8 @@ def test_order_depends_on_seed_and_epoch_only(lengths, epoch, seed, data):
         for rank in range(ranks):
             parts = []
             for worker in range(workers):
-                pieces = plan(lengths, batch_size, rank, ranks, seed, epoch, worker, workers)
-                parts.append([(shard, i) for shard, first, last in pieces for i in range(first, last)])
+                pieces = plan(whole(lengths), batch_size, rank, ranks, seed, epoch, worker, workers)
+                parts.append([(shard, number) for shard, numbers in pieces for number in numbers])
             batches = sum(math.ceil(len(part) / batch_size) for part in parts)
             for i in range(workers):  # the worker whose turn is last has the last range
                 samples += parts[(batches + i) % workers]
@@ -117,9 +124,115 @@ def test_order_depends_on_seed_and_epoch_only(lengths, epoch, seed, data):
 
 def test_each_seed_and_epoch_has_its_own_order():
     def shard_order(seed, epoch):
-        return tuple(shard for shard, _, _ in plan([10] * 30, 8, 0, 1, seed, epoch))
+        return tuple(shard for shard, _ in plan(whole([10] * 30), 8, 0, 1, seed, epoch))
 
     orders = {shard_order(seed, epoch) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
     assert all(sorted(order) == list(range(30)) for order in orders)
     assert shard_order(None, 0) == shard_order(None, 1) == tuple(range(30))
+
+
+# ---------------------------------------------------------------------------- an epoch of several runs
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "world_size": st.integers(1, 4),
+        "workers": st.integers(0, 3),
+        "batch_size": st.integers(1, 20),
+        "shuffle": st.sampled_from([0, 1, 2, 7, 30, 1000]),
+        "seed": st.integers(0, 2),
+    }
+)
+RUNS = st.lists(st.tuples(OPTIONS, st.integers(0, 12)), min_size=1, max_size=5)  # options and steps of each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_files():
+    """read_shard() yields samples of the class that is their number over all shards, which starts with the `url`."""
+
+    def read_shard(url, length, numbers):
+        for number in numbers:
+            yield {"__url__": "", "__key__": str(url + number), "jpg": b"", "cls": b"%d" % (url + number)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_wds, "read_shard", read_shard)
+        yield
+
+
+def dataset_of_rank(lengths, rank, options):
+    urls = list(itertools.accumulate(lengths, initial=0))
+    return main_wds.ShardDataset(
+        urls, lengths, "these shards", lambda _: main_wds.torch.tensor(0), rank=rank, **options
+    )
+
+
+def batches_of(dataset):
+    """The batches from the dataset's position on, as lists of sample numbers: those of its workers in turn."""
+    workers = dataset.workers
+    iterators = []
+    with pytest.MonkeyPatch.context() as patch:
+        for worker in range(max(workers, 1)):
+            info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
+            patch.setattr(main_wds, "get_worker_info", lambda info=info: info)
+            iterators.append(iter(dataset))
+    for iterator in itertools.cycle(iterators):
+        batch = next(iterator, None)
+        if batch is None:
+            break
+        yield batch[1].tolist()
+    assert all(next(iterator, None) is None for iterator in iterators), "a worker had batches left after its last turn"
+
+
+def run(lengths, epoch, options, steps, position):
+    """(for each rank its batches, the position after that many steps or at the end of the epoch)."""
+    by_rank = []
+    ends = []
+    for rank in range(options["world_size"]):
+        dataset = dataset_of_rank(lengths, rank, options)
+        dataset.set_epoch(epoch)
+        if position:
+            dataset.load_state_dict(position)
+        first = dataset.position["step"]
+        last = min(first + steps, len(dataset))
+        by_rank.append(list(itertools.islice(batches_of(dataset), last - first)))
+        ends.append((len(dataset), dataset.state_dict(last)))
+        assert len(by_rank[-1]) == last - first
+    assert ends == ends[:1] * len(ends)  # on all ranks
+    return by_rank, ends[0][1]
+
+
+@settings(many_examples, max_examples=1000)
+@given(SHARDS, EPOCH, RUNS)
+def test_epoch_of_several_runs(lengths, epoch, runs):
+    """Each sample is used once but for at most ranks - 1 repeats in each run; ranks have batches of the same sizes.
+
+    Ranks, workers, batch size, buffer and seed change after any number of steps. The last run goes to the end.
+    """
+    position = None
+    numbers = Counter()
+    for i, (options, steps) in enumerate(runs):
+        steps = sum(lengths) if i == len(runs) - 1 else steps
+        by_rank, position = run(lengths, epoch, options, steps, position)
+        sizes = [list(map(len, batches)) for batches in by_rank]
+        assert sizes == sizes[:1] * len(sizes)
+        assert all(size == options["batch_size"] for size in sizes[0][:-1])
+        numbers.update(itertools.chain(*itertools.chain(*by_rank)))
+    assert numbers.keys() == set(range(sum(lengths)))
+    assert numbers.total() - len(numbers) <= sum(options["world_size"] - 1 for _, options in position["runs"])
+    assert len(position["runs"]) <= len(runs)
+    options, _ = runs[0]
+    assert run(lengths, epoch, options, sum(lengths), position)[0] == [[]] * options["world_size"]  # nothing is left
+
+
+@settings(many_examples, max_examples=200)
+@given(SHARDS, EPOCH, RUNS, st.integers(0, 12))
+def test_same_options_give_the_same_batches(lengths, epoch, runs, steps):
+    """Also after changes, and however often a run is stopped."""
+    position = None
+    for options, taken in runs:
+        _, position = run(lengths, epoch, options, taken, position)
+    whole, end = run(lengths, epoch, options, sum(lengths), position)
+    first, position = run(lengths, epoch, options, steps, position)
+    rest, position = run(lengths, epoch, options, sum(lengths), position)
+    assert [a + b for a, b in zip(first, rest, strict=True)] == whole
+    assert position == end

@@ -12,8 +12,8 @@ import threading
 
 import pytest
 import torch
-from commands import RESUME, ROOT, error_of, load, run, run_command, summary, torchrun
-from make_data import read_tar, tar, write_shards
+from commands import RESUME, ROOT, error_of, load, run, run_command, summary, torchrun, wait_until
+from make_data import noise, read_tar, tar, write_shards
 from test_run import copy_project
 
 README = (ROOT / "README.md").read_text()
@@ -113,20 +113,47 @@ def test_peers(small, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_own_training_loop(ranks, small, tmp_path):
-    """The README's script, next to main-wds.py and nothing else, sees each sample once per epoch."""
+def test_own_training_loop(ranks, tmp_path):
+    """The README's script with a smaller model, killed after its first checkpoint and continued on these ranks.
+
+    Next to main-wds.py and nothing else, it uses each sample once per epoch, but for one that two ranks repeat.
+    """
     (code,) = re.findall(r"^```python\n(import importlib\n.*?)^```", README, re.M | re.S)
-    (tmp_path / "own.py").write_text(code + '            print("target", *target.tolist())\n')
+    code = code.replace("resnet18", "shufflenet_v2_x0_5")
+    loss = "            loss = cross_entropy("
+    assert code.count(loss) == 1
+    used = '            print("used", epoch, step, *target.tolist(), flush=True)\n'
+    (tmp_path / "own.py").write_text(code.replace(loss, used + loss))
     shutil.copy(ROOT / "main-wds.py", tmp_path)
-    (tmp_path / "shards").symlink_to(small / "shards")
-    before = torchrun() if ranks == 2 else []
-    stdout, _ = run_command([sys.executable, *before, "own.py"], cwd=tmp_path)
-    found = sorted(line for line in stdout.splitlines() if line.startswith("epoch"))
-    sizes = (30, 30, 20) if ranks == 1 else (30, 10)
-    expected = [f"epoch {e}, rank {r}: {n} images" for e in (0, 1) for r in range(ranks) for n in sizes]
-    assert found == sorted(expected)
-    classes = " ".join(re.findall(r"^target (.*)$", stdout, re.M)).split()
-    assert sorted(classes, key=int) == [str(c) for c in range(10) for _ in range(2 * 8)]
+    write_shards(tmp_path / "shards", noise, train=[200, 155], validation=[45])
+
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen([sys.executable, "own.py"], cwd=tmp_path, stdout=out)
+        wait_until(lambda: (tmp_path / "own.pt").exists() or process.poll() is not None, process.poll)
+        process.kill()
+        process.wait()
+    before = used_samples((tmp_path / "out").read_text())
+    before = [samples for (_, step), samples in before if step <= 10]
+    assert [len(samples) for samples in before] == [30] * 10
+    launcher = torchrun() if ranks == 2 else []
+    stdout, _ = run_command([sys.executable, *launcher, "own.py"], cwd=tmp_path)
+    epochs = {0: before, 1: []}
+    for (epoch, _), samples in used_samples(stdout):
+        epochs[epoch].append(samples)
+    assert [len(epochs[epoch]) for epoch in (0, 1)] == [12, 12]
+    for batches in epochs.values():
+        numbers = [number for samples in batches for number in samples]
+        assert set(numbers) == set(range(355)) and len(numbers) - 355 < ranks
+    assert re.findall(r"^epoch (\d): \d+ of (\d+) correct$", stdout, re.M) == [("0", "45"), ("1", "45")]
+
+
+def used_samples(stdout):
+    """[((epoch, step), the numbers of a batch's samples)]"""
+    found = []
+    for line in re.findall(r"^used (.*)$", stdout, re.M):
+        epoch, step, *samples = map(int, line.split())
+        found.append(((epoch, step), samples))
+    return found
 
 
 def test_commands_for_other_hardware():
@@ -167,10 +194,10 @@ def test_server_with_a_token(tmp_path):
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setattr(main_wds, "PAUSES", ())
         (url,), lengths, *_ = main_wds.find_shards(address, "train")
-        assert [sample["jpg"] for sample in main_wds.read_shard(url, 1, 0, 1)] == [b"0"] and lengths == [1]
+        assert [sample["jpg"] for sample in main_wds.read_shard(url, 1, range(1))] == [b"0"] and lengths == [1]
         (tmp_path / "token.txt").write_text("Authorization: Bearer xyz\n")
         with pytest.raises(main_wds.DataError, match="pipe:curl"):
-            list(main_wds.read_shard(url, 1, 0, 1))
+            list(main_wds.read_shard(url, 1, range(1)))
     server.shutdown()
     server.server_close()
 
@@ -246,7 +273,6 @@ def warning(folder):
     )[1].replace(f"create {many} worker", "create 4 worker")  # fmt: skip
 
 
-POSITION = {"step": 1, "seed": 0, "shards": [], "shuffle": 1000, "world_size": 1, "workers": 1, "batch_size": 16}
 MISTAKES = {
     "must hold a folder of images for each class": after(flatten, shards_error("--shards", "empty")),
     "images outside class folders": after(functools.partial(flatten, split="val"), shards_error("--shards", "empty")),
@@ -261,8 +287,11 @@ MISTAKES = {
     "…: sample …: not a readable image": after(lambda folder: rewrite(folder, break_images), wds_error()),
     "retrying in 1 s": fail_once,
     "not a checkpoint of this script": wds_error("--resume", "data/.sample"),
-    "it was saved within an epoch with …": after(
-        functools.partial(write_checkpoint, position=POSITION), wds_error(*RESUME, "-j", 1)
+    "its position is one in other shards": after(
+        functools.partial(write_checkpoint, position={"step": 1, "shards": "", "runs": []}), wds_error(*RESUME)
+    ),
+    "its position was saved by an earlier version": after(
+        functools.partial(write_checkpoint, position={"step": 1}), wds_error(*RESUME)
     ),
     "This DataLoader will create 4 worker processes": warning,
 }

@@ -32,6 +32,7 @@ from commands import (
     checkpoint,
     data_of,
     load,
+    run,
     run_command,
     spawned_ranks,
     start_nodes,
@@ -367,7 +368,8 @@ def test_resume_without_seed(start, shards, tmp_path):
     for name in ("first", "second"):
         run = start(*args, cwd=tmp_path / name, instrument="record", env={"HOLD_AT": 5}).until("^Epoch", count=5)
         stop_position(run.kill(signal.SIGTERM), signal.SIGTERM)
-        seeds.append(checkpoint(tmp_path / name)["position"]["seed"])
+        ((_, options),) = checkpoint(tmp_path / name)["position"]["runs"]
+        seeds.append(options["seed"])
     assert seeds[0] != seeds[1]
     start(*args, *RESUME, cwd=tmp_path / "first", instrument="record").finish()
     start(*args, "--seed", seeds[0], cwd=tmp_path / "seeded", instrument="record").finish()
@@ -516,7 +518,7 @@ def test_stop_while_workers_wait_for_a_server(start, hold, tmp_path):
     run = start(*args, instrument="record").until("^Epoch", count=5)
     server.wait_for_requests(4)
     run.kill(signal.SIGTERM)
-    ((shard, _, _),) = load("main-wds.py").plan(lengths, 4, 0, 1, seed=1, worker=0, workers=4)
+    ((shard, _),) = load("main-wds.py").plan([range(20)] * 4, 4, 0, 1, seed=1, worker=0, workers=4)
     server.release(f"imagenet-train-{shard:06}.tar")  # else the run would wait for step 9
     epoch, step = stop_position(run, signal.SIGTERM)
     assert epoch == 0 and 5 <= step <= 9
@@ -599,28 +601,147 @@ def stopped_run(shards, tmp_path_factory):
     return folder, epoch, step
 
 
-OTHER_OPTIONS = {
-    "no workers": (["-j", 0], "with workers 2, not 0; "),
-    "batch size": (["-b", 5], "with batch_size 4, not 5; "),
-    "two ranks": (["-b", 8, "-j", 4], "with world_size 1, not 2; "),
-    "shuffle": (["--shuffle", 7], "with shuffle 1000, not 7; "),
-    "seed": (["--seed", 2], "with seed 1, not 2; "),
-    "shards": (["--shards", "other"], "with other shards; "),
+OTHER_OPTIONS = {  # options, the change that is reported, and the number of steps then: 26 of 78 samples are left
+    "no workers": (["-j", 0], "0 workers per rank, not 2", 20),
+    "five workers": (["-j", 5], "5 workers per rank, not 2", 20),
+    "batch size": (["-b", 6], "batches of 6 per rank, not 4", 13 + 5),
+    "shuffle": (["--shuffle", 7], "--shuffle 7, not 1000", 20),
+    "seed": (["--seed", 2], "--seed 2, not 1", 20),
+    "two ranks": (["-b", 10, "-j", 4], "2 ranks, not 1; batches of 5 per rank, not 4", 13 + 3),
 }
 
 
 @pytest.mark.parametrize("case", OTHER_OPTIONS)
-def test_other_options_are_refused(case, start, shards, stopped_run, tmp_path):
-    """Options that would change the rest of the epoch. The message names the option and both ways out."""
-    folder, epoch, _ = stopped_run
-    shutil.copy(folder / "checkpoint.pth.tar", tmp_path / "stopped.tar")
-    write_shards(tmp_path / "other", noise, train=[29, 2, *TRAIN[2:]], validation=VAL)  # as many shards and samples
-    options, expected = OTHER_OPTIONS[case]
+def test_other_options_divide_the_rest_anew(case, start, shards, late_run, tmp_path):
+    """The epoch's samples come once over both runs; the next epoch is a whole one. The printed steps continue."""
+    options, change, steps = OTHER_OPTIONS[case]
     ranks = 2 if "two ranks" in case else 1
-    run = start(*SMALL_RUN, "--shards", shards, "--resume", "stopped.tar", *options, *launcher(ranks))
-    _, (line,) = run.finish(status=2, lines=1)
-    assert line.startswith("main-wds.py: --resume stopped.tar: it was saved within an epoch with ")
-    assert expected in line and line.endswith(f"--start-epoch {epoch}")
+    args = [*SMALL_RUN, "--epochs", 2, "--shards", shards, "--resume", late_run / "checkpoint.pth.tar", *options]
+    out, _ = start(*args, *launcher(ranks), instrument="record").finish()
+    assert f"=> the rest of epoch 0 is divided anew ({change})\n" in out
+    printed = re.findall(rf"^Epoch: \[0\]\[ *(\d+)/{steps}\]", out, re.M)
+    assert list(map(int, printed)) == list(range(14, steps + 1))
+    by_rank = [batches(tmp_path, rank) for rank in range(ranks)]
+    rest = [step for seen in by_rank for step in seen[: steps - 13]]
+    whole = [step for seen in by_rank for step in seen[steps - 13 :]]
+    assert samples_of(batches(late_run) + rest) == list(range(sum(TRAIN)))
+    assert samples_of(whole) == list(range(sum(TRAIN)))
+
+
+@pytest.fixture(scope="module")
+def late_run(shards, tmp_path_factory):
+    """The folder of a run that was stopped after 13 of 20 steps of its first epoch."""
+    folder = tmp_path_factory.mktemp("late")
+    run = Run("main-wds.py", *SMALL_RUN, "--shards", shards, cwd=folder, instrument="record", env={"HOLD_AT": 13})
+    assert stop_position(run.until("^Epoch", count=13).kill(signal.SIGTERM), signal.SIGTERM) == (0, 13)
+    return folder
+
+
+def test_other_images_keep_the_batches(start, shards, late_run, unbroken, tmp_path):
+    """--image-size, --decode and --augmentation have no part in which samples come when."""
+    args = [*SMALL_RUN, "--epochs", 1, "--shards", shards, "--resume", late_run / "checkpoint.pth.tar"]
+    args += ["--image-size", 40, "--decode", "pil", "--augmentation", "simple"]
+    out, _ = start(*args, instrument="record").finish()
+    assert "anew" not in out
+    assert batches(late_run) + batches(tmp_path) == batches(unbroken(1, *SMALL_RUN))[:STEPS]
+
+
+def test_epoch_on_one_cluster_after_the_other(start, shards, tmp_path):
+    """2 ranks of 2 workers, then 3 of 1, then a single process: each sample is used once, but for the repeats.
+
+    What the last one does in a single run and in two is bitwise the same.
+    """
+    args = [*SMALL_RUN, "--epochs", 2, "--shards", shards]
+    clusters = {"first": [2, 4, "-b", 4, "-j", 2], "second": [3, 2, "-b", 5, "-j", 1, "--shuffle", 8]}
+    resume = []
+    used = []
+    outputs = []
+    for name, (ranks, steps, *options) in clusters.items():
+        args_of_nodes = [[*args, *options, *resume]] * ranks
+        runs = start_nodes(
+            start, "main-wds.py", tmp_path / name, *args_of_nodes, instrument="record", env={"HOLD_AT": steps}
+        )
+        runs[0].until("^Epoch", count=steps)
+        for node in runs:
+            node.kill(signal.SIGTERM)
+        stop_position(runs[0], signal.SIGTERM)
+        used += batches(runs[0].cwd)
+        for rank, node in enumerate(runs[1:], 1):
+            node.finish(status=128 + signal.SIGTERM)
+            used += batches(node.cwd, rank)
+        resume = ["--resume", tmp_path / name / "0/checkpoint.pth.tar"]
+        outputs.append(runs[0].output())
+    changes = "3 ranks, not 2; 1 workers per rank, not 2; batches of 5 per rank, not 4; --shuffle 8, not 1000"
+    assert f"=> the rest of epoch 0 is divided anew ({changes})\n" in outputs[1]
+
+    args += ["-b", 4, "-j", 0]
+    whole = start(*args, *resume, cwd=tmp_path / "whole", instrument="record")
+    out, _ = whole.finish()
+    seen = batches(whole.cwd)
+    rest = len(seen) - STEPS  # of the first epoch
+    assert re.findall(r"^Epoch: \[0\]\[ *(\d+)/(\d+)\]", out, re.M) == [
+        (str(step), str(6 + rest)) for step in range(7, 7 + rest)
+    ]
+    used += seen[:rest]
+    numbers = samples_of(used)
+    assert set(numbers) == set(range(sum(TRAIN))) and len(numbers) <= sum(TRAIN) + (2 - 1) + (3 - 1)
+    assert samples_of(seen[rest:]) == list(range(sum(TRAIN)))
+
+    stopped = start(*args, *resume, cwd=tmp_path / "stopped", instrument="record", env={"HOLD_AT": 2})
+    assert stop_position(stopped.until("^Epoch", count=2).kill(signal.SIGTERM), signal.SIGTERM) == (0, 8)
+    start(*args, *RESUME, cwd=tmp_path / "stopped", instrument="record").finish()
+    assert batches(tmp_path / "stopped") == seen
+    assert same_checkpoints(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_nothing_is_left_of_the_epoch(start, hold, shards, tmp_path):
+    """A run that was stopped during validation continues with validation on other ranks, too."""
+    server = hold(shards, "*validation*", part=0.6)
+    args = [*SMALL_RUN, "--epochs", 2, "-j", 1]
+    run = start(*args, "--shards", server.url, instrument="record").until(r"^Test: \[ *1/")
+    server.wait_for_requests(1)
+    run.kill(signal.SIGTERM)
+    server.release()
+    assert stop_position(run, signal.SIGTERM) == (0, STEPS)
+    out, _ = start(*args, "--shards", shards, "-b", 8, *RESUME, *launcher(2), instrument="record").finish()
+    assert "Epoch: [0]" not in out and out.index("Test: ") < out.index("Epoch: [1]")
+    assert len(summary(out)) == 2
+    assert samples_of([*batches(tmp_path)[STEPS:], *batches(tmp_path, 1)]) == list(range(sum(TRAIN)))
+
+
+def test_other_shards_are_refused(start, shards, stopped_run, tmp_path):
+    """The message names the way out."""
+    folder, epoch, _ = stopped_run
+    other = write_shards(tmp_path / "other", noise, train=[29, 2, *TRAIN[2:]], validation=VAL)
+    path = folder / "checkpoint.pth.tar"
+    _, (line,) = start(*SMALL_RUN, "--shards", other, "--resume", path).finish(status=2, lines=1)
+    way_out = f"restart the epoch with --start-epoch {epoch}"
+    assert line == f"main-wds.py: --resume {path}: its position is one in other shards; {way_out}"
+
+
+def test_shards_with_another_seed_are_refused(start, small, tmp_path):
+    """They have the same names, lengths and images, but another order: samples would be left out."""
+    other = tmp_path / "other"
+    other.mkdir()
+    run("makeshards.py", "--maxcount", 30, "--seed", 5, "--shards", other, cwd=small)
+    assert sorted(os.listdir(other)) == sorted(os.listdir(small / "shards"))
+    stopped = start(*SMALL_RUN, "--shards", small / "shards", instrument="record", env={"HOLD_AT": 2})
+    stop_position(stopped.until("^Epoch", count=2).kill(signal.SIGTERM), signal.SIGTERM)
+    _, (line,) = start(*SMALL_RUN, "--shards", other, *RESUME).finish(status=2, lines=1)
+    assert "its position is one in other shards" in line
+    args_of_nodes = [[*SMALL_RUN, "--shards", folder] for folder in (small / "shards", other)]
+    for node in start_nodes(start, "main-wds.py", tmp_path / "nodes", *args_of_nodes):
+        _, (line,) = node.finish(status=2, lines=1)
+        assert line.startswith("main-wds.py: data is [")
+
+
+def test_position_of_an_earlier_version_is_refused(start, shards, stopped_run, tmp_path):
+    folder, _, _ = stopped_run
+    state = checkpoint(folder)
+    state["position"] = {"step": 2, "seed": 1, "shards": [1, 2], "shuffle": 1000, "world_size": 1, "batch_size": 4}
+    torch.save(state, tmp_path / "checkpoint.pth.tar")
+    _, (line,) = start(*SMALL_RUN, "--shards", shards, *RESUME).finish(status=2, lines=1)
+    assert "its position was saved by an earlier version; restart the epoch with --start-epoch 1" in line
 
 
 def test_resume_with_moved_shards_and_other_epochs(start, stopped_run, tmp_path):
