@@ -692,13 +692,13 @@ class ShardDataset(IterableDataset):
 
     def __iter__(self):
         """A worker's batches of an epoch. The attributes are explained in __init__()."""
-        epoch, _ = self.shared.tolist()
-        self.set_epoch(epoch)  # a persistent worker has a copy of this object, of an earlier epoch
         self.shared[1] = True
-        step = self.position["step"]
+        position = self.position
+        epoch = position["epoch"]
+        step = position["step"]
         if step == len(self):  # only validation is left
             return iter(())
-        first_step, _ = self.position["runs"][-1]
+        first_step, _ = position["runs"][-1]
         worker, workers = worker_at(step - first_step, self.workers)
         earlier_steps = len(range(first_step + worker, step, workers))  # of this worker, before the run was resumed
         rng = shuffle_rng(self.seed, epoch, self.rank, worker)
@@ -707,7 +707,7 @@ class ShardDataset(IterableDataset):
         else:
             batched = wds.batched(self.batch_size, collation_fn=default_collate)
         pipeline = wds.DataPipeline(
-            functools.partial(self.pieces, worker, workers),  # 1. (shard, numbers): which samples to read
+            functools.partial(self.pieces, epoch, worker, workers),  # 1. (shard, numbers): which samples to read
             read_shards(self.urls, self.lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
             wds.shuffle(self.shuffle, rng=rng),  # 3. the same, shuffled in a buffer
             wds.slice(earlier_steps * self.batch_size, None),  # 4. after a resume: drops those of earlier steps
@@ -747,31 +747,39 @@ class ShardDataset(IterableDataset):
         names = ("world_size", "workers", "batch_size", "shuffle", "seed")
         self.options = {name: getattr(self, name) for name in names}  # what the order depends on
         self.shared = torch.tensor([0, False]).share_memory_()  # epoch, whether it was read; shared with the workers
-        self.position = {}
-        self.set_epoch(0)
+        self.loaded = {}
+        self.left = []
 
-    def pieces(self, worker=0, workers=1):
+    @property
+    def position(self):
+        """Where the next iteration starts; see samples_left() for its `runs`."""
+        epoch = int(self.shared[0])
+        if epoch == self.loaded.get("epoch"):
+            return self.loaded
+        return {"epoch": epoch, "step": 0, "shards": self.checksum, "runs": [(0, self.options)]}
+
+    def pieces(self, epoch, worker=0, workers=1):
         """plan() for this rank; by default, as if one worker read all of it."""
-        epoch = self.position["epoch"]
-        return plan(self.left, self.batch_size, self.rank, self.world_size, self.seed, epoch, worker, workers)
+        samples = [range(length) for length in self.lengths]
+        if epoch == self.loaded.get("epoch"):
+            samples = self.left
+        return plan(samples, self.batch_size, self.rank, self.world_size, self.seed, epoch, worker, workers)
 
     def __len__(self):
         """The number of batches of the epoch, including those before the position."""
         first_step, _ = self.position["runs"][-1]
-        return first_step + math.ceil(sum(len(numbers) for _, numbers in self.pieces()) / self.batch_size)
+        pieces = self.pieces(self.position["epoch"])
+        return first_step + math.ceil(sum(len(numbers) for _, numbers in pieces) / self.batch_size)
 
     def set_epoch(self, epoch):
-        """The next iteration reads this epoch or, if it is that of the loaded position, what is left of it.
+        """The next iteration reads this epoch: all of it or, if it is that of the loaded position, what is left.
 
         Without it, all epochs have the same order.
         """
         self.shared[0] = epoch
-        if epoch != self.position.get("epoch"):
-            self.position = {"epoch": epoch, "step": 0, "shards": self.checksum, "runs": [(0, self.options)]}
-            self.left = [range(length) for length in self.lengths]  # the numbers of the samples in each shard
 
     def state_dict(self, step):
-        """The position after this step of the epoch: a small dict for a checkpoint. `runs`: see samples_left()."""
+        """The position after this step of the epoch: a small dict for a checkpoint."""
         return {**self.position, "step": step}
 
     def load_state_dict(self, position):
@@ -788,9 +796,9 @@ class ShardDataset(IterableDataset):
         runs = [run for run in position["runs"] if run[0] < position["step"]]  # those that took a step
         if not runs or runs[-1][1] != self.options:
             runs.append((position["step"], self.options))
-        self.set_epoch(position["epoch"])
-        self.position = {**position, "runs": runs}
+        self.loaded = {**position, "runs": runs}
         self.left = samples_left(self.lengths, position["epoch"], runs)
+        self.set_epoch(position["epoch"])
 
 
 def worker_at(steps, workers):
@@ -1341,13 +1349,12 @@ def resume(args, dataset, checkpoint):
         dataset.load_state_dict(position)
     except DataError as error:
         fail(f"--resume {args.resume}: {error}; restart the epoch with --start-epoch {epoch}")
-    runs = dataset.position["runs"]
-    first_step, options = runs[-1]
-    if len(runs) > 1 and first_step == position["step"]:  # a new run begins, with other options than the last one
-        changes = []
-        for name, earlier in runs[-2][1].items():
-            if options[name] != earlier:
-                changes.append(f"{WORDS[name].format(options[name])}, not {earlier}")
+    _, earlier = position["runs"][-1]
+    changes = []
+    for name, value in dataset.options.items():
+        if value != earlier[name]:
+            changes.append(f"{WORDS[name].format(value)}, not {earlier[name]}")
+    if changes:
         say(args, f"=> the rest of epoch {epoch} is divided anew ({'; '.join(changes)})")
 
 
