@@ -793,9 +793,10 @@ class ShardDataset(IterableDataset):
             fail("its position was saved by an earlier version")
         if position["shards"] != self.checksum:
             fail("its position is one in other shards")
-        runs = [run for run in position["runs"] if run[0] < position["step"]]  # those that took a step
-        if not runs or runs[-1][1] != self.options:
-            runs.append((position["step"], self.options))
+        runs = position["runs"]
+        _, options = runs[-1]
+        if options != self.options:
+            runs = [*runs, (position["step"], self.options)]
         self.loaded = {**position, "runs": runs}
         self.left = samples_left(self.lengths, position["epoch"], runs)
         self.set_epoch(position["epoch"])
