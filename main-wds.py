@@ -790,9 +790,9 @@ class ShardDataset(IterableDataset):
         if self.shared[1]:
             fail("load_state_dict() must be called before the first iteration")
         if "runs" not in position:
-            fail("its position was saved by an earlier version")
+            fail("the position was saved by an earlier version")
         if position["shards"] != self.checksum:
-            fail("its position is one in other shards")
+            fail("the position was saved with other shards")
         runs = position["runs"]
         _, options = runs[-1]
         if options != self.options:

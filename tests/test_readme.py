@@ -287,10 +287,10 @@ MISTAKES = {
     "…: sample …: not a readable image": after(lambda folder: rewrite(folder, break_images), wds_error()),
     "retrying in 1 s": fail_once,
     "not a checkpoint of this script": wds_error("--resume", "data/.sample"),
-    "its position is one in other shards": after(
+    "the position was saved with other shards": after(
         functools.partial(write_checkpoint, position={"step": 1, "shards": "", "runs": []}), wds_error(*RESUME)
     ),
-    "its position was saved by an earlier version": after(
+    "the position was saved by an earlier version": after(
         functools.partial(write_checkpoint, position={"step": 1}), wds_error(*RESUME)
     ),
     "This DataLoader will create 4 worker processes": warning,

@@ -716,7 +716,7 @@ def test_other_shards_are_refused(start, shards, stopped_run, tmp_path):
     path = folder / "checkpoint.pth.tar"
     _, (line,) = start(*SMALL_RUN, "--shards", other, "--resume", path).finish(status=2, lines=1)
     way_out = f"restart the epoch with --start-epoch {epoch}"
-    assert line == f"main-wds.py: --resume {path}: its position is one in other shards; {way_out}"
+    assert line == f"main-wds.py: --resume {path}: the position was saved with other shards; {way_out}"
 
 
 def test_shards_with_another_seed_are_refused(start, small, tmp_path):
@@ -728,7 +728,7 @@ def test_shards_with_another_seed_are_refused(start, small, tmp_path):
     stopped = start(*SMALL_RUN, "--shards", small / "shards", instrument="record", env={"HOLD_AT": 2})
     stop_position(stopped.until("^Epoch", count=2).kill(signal.SIGTERM), signal.SIGTERM)
     _, (line,) = start(*SMALL_RUN, "--shards", other, *RESUME).finish(status=2, lines=1)
-    assert "its position is one in other shards" in line
+    assert "the position was saved with other shards" in line
     args_of_nodes = [[*SMALL_RUN, "--shards", folder] for folder in (small / "shards", other)]
     for node in start_nodes(start, "main-wds.py", tmp_path / "nodes", *args_of_nodes):
         _, (line,) = node.finish(status=2, lines=1)
@@ -741,7 +741,7 @@ def test_position_of_an_earlier_version_is_refused(start, shards, stopped_run, t
     state["position"] = {"step": 2, "seed": 1, "shards": [1, 2], "shuffle": 1000, "world_size": 1, "batch_size": 4}
     torch.save(state, tmp_path / "checkpoint.pth.tar")
     _, (line,) = start(*SMALL_RUN, "--shards", shards, *RESUME).finish(status=2, lines=1)
-    assert "its position was saved by an earlier version; restart the epoch with --start-epoch 1" in line
+    assert "the position was saved by an earlier version; restart the epoch with --start-epoch 1" in line
 
 
 def test_resume_with_moved_shards_and_other_epochs(start, stopped_run, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -205,6 +206,41 @@ def test_length_of_each_shard_is_checked(workers, train, tmp_path):
         with pytest.raises(DataError, match=message) as error:
             list(loader)
         ERRORS.append(error)
+
+
+def test_position_of_a_complete_epoch(tmp_path):
+    """Nothing is read. The epoch that follows is a whole one."""
+    urls, lengths = urls_and_lengths(write_shards(tmp_path, train=TRAIN))
+    end = loader_of(urls, lengths, as_uint8, 4, 2).dataset.state_dict(12)
+    for batch_size in (4, 5):
+        loader = loader_of(["missing.tar"] * len(urls), lengths, as_uint8, batch_size, 2)
+        loader.dataset.load_state_dict(end)
+        assert list(loader) == [] and len(loader) == 12
+        loader.dataset.set_epoch(1)
+        assert len(loader) == math.ceil(47 / batch_size)
+        with pytest.raises(DataError, match="missing") as error:
+            list(loader)
+        ERRORS.append(error)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_position_after_the_first_iteration(workers, tmp_path):
+    """Persistent workers would not see it."""
+    urls, lengths = urls_and_lengths(write_shards(tmp_path, train=TRAIN))
+    loader = loader_of(urls, lengths, as_uint8, 4, workers)
+    list(loader)
+    with pytest.raises(DataError, match="before the first iteration"):
+        loader.dataset.load_state_dict(loader.dataset.state_dict(3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_other_number_of_workers(workers, tmp_path):
+    """The dataset must know it: positions depend on it."""
+    urls, lengths = urls_and_lengths(write_shards(tmp_path, train=TRAIN))
+    dataset = main_wds.ShardDataset(urls, lengths, "", as_uint8, 4, workers=1)
+    with pytest.raises(DataError, match=f"num_workers={workers}, but the ShardDataset has workers=1") as error:
+        list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers))
+    ERRORS.append(error)
 
 
 def test_random_state_of_the_caller_is_kept(tmp_path):
