@@ -692,29 +692,32 @@ class ShardDataset(IterableDataset):
 
     def __iter__(self):
         """A worker's batches of an epoch. The attributes are explained in __init__()."""
-        self.shared[1] = True
         position = self.position
         epoch = position["epoch"]
-        step = position["step"]
-        if step == len(self):  # only validation is left
-            return iter(())
-        first_step, _ = position["runs"][-1]
-        worker, workers = worker_at(step - first_step, self.workers)
-        earlier_steps = len(range(first_step + worker, step, workers))  # of this worker, before the run was resumed
+        start, _ = position["runs"][-1]
+        steps_before = position["step"] - start  # those that this run took before it was resumed
+        worker, workers = worker_at(steps_before, self.workers)
+        if position is self.loaded:
+            if self.begun[worker]:
+                fail(f"the rest of epoch {epoch} has been read: call set_epoch() with the next one")
+            self.begun[worker] = True
+        if position["step"] == len(self):  # only validation is left
+            return
+        dropped = self.batch_size * steps_of(worker, workers, steps_before)
         rng = shuffle_rng(self.seed, epoch, self.rank, worker)
         if self.reuse_memory:
             batched = batched_in_place(self.batch_size)
         else:
             batched = wds.batched(self.batch_size, collation_fn=default_collate)
         pipeline = wds.DataPipeline(
-            functools.partial(self.pieces, epoch, worker, workers),  # 1. (shard, numbers): which samples to read
+            functools.partial(self.pieces, position, worker, workers),  # 1. (shard, numbers): which samples to read
             read_shards(self.urls, self.lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
             wds.shuffle(self.shuffle, rng=rng),  # 3. the same, shuffled in a buffer
-            wds.slice(earlier_steps * self.batch_size, None),  # 4. after a resume: drops those of earlier steps
+            wds.slice(dropped, None),  # 4. after a resume: those of the steps that are left
             decode_samples(self.transform, f"{self.seed} {epoch}"),  # 5. (image, class)
             batched,  # 6. (images, target)
         )
-        return iter(pipeline)
+        yield from pipeline
 
     def __init__(
         self, urls, lengths, checksum, transform, batch_size, rank=0, world_size=1, workers=0, shuffle=1000, seed=0,
@@ -726,9 +729,10 @@ class ShardDataset(IterableDataset):
         checksum: any string that tells these shards from others; find_shards() returns one.
         transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
         batch_size, workers: those of a rank. They must be the same on all ranks, like the two options that follow.
-        shuffle: size of each worker's shuffle buffer, in samples. seed: that of the order and the augmentation.
+        shuffle: size of each worker's shuffle buffer, in samples. seed: an int, for the order and the augmentation.
         train: False, for validation, reads each sample exactly once and in order; ranks may get different numbers.
-        reuse_memory: faster, but later batches overwrite the images: copy each batch before requesting the next.
+        reuse_memory: faster, but later batches overwrite the images: copy each batch before requesting the next, with
+        the DataLoader's prefetch_factor at 2.
 
         images: (B, *shape); target: int64 (B). DataError names a shard or sample that can't be read.
         """
@@ -744,66 +748,70 @@ class ShardDataset(IterableDataset):
         self.shuffle = shuffle if train else 0
         self.seed = seed if train else None
         self.reuse_memory = reuse_memory
-        names = ("world_size", "workers", "batch_size", "shuffle", "seed")
-        self.options = {name: getattr(self, name) for name in names}  # what the order depends on
-        self.shared = torch.tensor([0, False]).share_memory_()  # epoch, whether it was read; shared with the workers
-        self.loaded = {}
+        self.options = {  # with the epoch, all that the order depends on
+            "ranks": world_size,
+            "workers": workers,
+            "batch_size": batch_size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
+        self.loaded = {}  # a position, and what is left there
         self.left = []
+        self.loads = 0
+        self.current = torch.tensor([0, 0]).share_memory_()  # epoch, and which load is in it, if any
+        self.begun = torch.zeros(max(workers, 1)).share_memory_()  # for each worker, whether it has read what was left
 
     @property
     def position(self):
         """Where the next iteration starts; see samples_left() for its `runs`."""
-        epoch = int(self.shared[0])
-        if epoch == self.loaded.get("epoch"):
+        epoch, load = self.current.tolist()
+        if load:
+            if load != self.loads:  # in a worker's copy of this object
+                fail("load_state_dict() must be called before the DataLoader's workers start")
             return self.loaded
         return {"epoch": epoch, "step": 0, "shards": self.checksum, "runs": [(0, self.options)]}
 
-    def pieces(self, epoch, worker=0, workers=1):
+    def pieces(self, position, worker=0, workers=1):
         """plan() for this rank; by default, as if one worker read all of it."""
-        samples = [range(length) for length in self.lengths]
-        if epoch == self.loaded.get("epoch"):
-            samples = self.left
+        samples = self.left if position is self.loaded else [range(length) for length in self.lengths]
+        epoch = position["epoch"]
         return plan(samples, self.batch_size, self.rank, self.world_size, self.seed, epoch, worker, workers)
 
     def __len__(self):
         """The number of batches of the epoch, including those before the position."""
-        first_step, _ = self.position["runs"][-1]
-        pieces = self.pieces(self.position["epoch"])
-        return first_step + math.ceil(sum(len(numbers) for _, numbers in pieces) / self.batch_size)
+        position = self.position
+        start, _ = position["runs"][-1]
+        return start + math.ceil(sum(len(numbers) for _, numbers in self.pieces(position)) / self.batch_size)
 
     def set_epoch(self, epoch):
-        """The next iteration reads this epoch: all of it or, if it is that of the loaded position, what is left.
-
-        Without it, all epochs have the same order.
-        """
-        self.shared[0] = epoch
+        """Call it before each epoch. All of it is read or, if a position in it has been loaded, what is left."""
+        if epoch != self.current[0]:
+            self.current[:] = torch.tensor([epoch, 0])
 
     def state_dict(self, step):
         """The position after this step of the epoch: a small dict for a checkpoint."""
         return {**self.position, "step": step}
 
     def load_state_dict(self, position):
-        """Continue at a position. If it is one of other options, what is left of its epoch is divided anew.
+        """Continue at a position. If it was saved with other options, what is left of its epoch is divided anew.
 
-        All ranks call this before the first iteration. DataError if the position is one of other shards.
+        Call it on all ranks, before the DataLoader's workers start. DataError if the position is one in other shards.
         """
-        if self.shared[1]:
-            fail("load_state_dict() must be called before the first iteration")
-        if "runs" not in position:
-            fail("the position was saved by an earlier version")
-        if position["shards"] != self.checksum:
-            fail("the position was saved with other shards")
+        if position["shards"] != self.checksum or "runs" not in position:
+            fail("the position was saved with other shards, or by an earlier version")
         runs = position["runs"]
         _, options = runs[-1]
         if options != self.options:
             runs = [*runs, (position["step"], self.options)]
         self.loaded = {**position, "runs": runs}
         self.left = samples_left(self.lengths, position["epoch"], runs)
-        self.set_epoch(position["epoch"])
+        self.loads += 1
+        self.current[:] = torch.tensor([position["epoch"], self.loads])
+        self.begun.zero_()
 
 
 def worker_at(steps, workers):
-    """(the worker of plan() that this process is, their number), in a run that has taken this number of steps.
+    """(worker, workers) for plan(): the worker that this process is, in a run that has taken this number of steps.
 
     The DataLoader always starts with its worker 0, which may not be the one whose turn it is.
     """
@@ -879,7 +887,7 @@ def plan(samples, batch_size, rank, world_size, seed, epoch=0, worker=0, workers
     batches = math.ceil((end - first) / batch_size)
     for i in range(workers):
         current = (batches + i) % workers
-        size = batch_size * len(range(current, batches, workers))  # of its steps: current, current + workers, ...
+        size = batch_size * steps_of(current, workers, batches)
         if current == worker:
             break
         first += size
@@ -894,8 +902,13 @@ def plan(samples, batch_size, rank, world_size, seed, epoch=0, worker=0, workers
     return pieces
 
 
+def steps_of(worker, workers, steps):
+    """How many of a run's first `steps` steps this worker makes: worker, worker + workers, ..."""
+    return len(range(worker, steps, workers))
+
+
 def shuffle_rng(seed, epoch, rank, worker):
-    """The random numbers with which a worker shuffles."""
+    """The random generator of a worker's shuffle buffer."""
     return random.Random(f"{seed} {epoch} {rank} {worker}")
 
 
@@ -912,7 +925,7 @@ def read_shards(pieces, urls, lengths):
 
 
 def read_shard(url, length, numbers):
-    """The samples of a shard with these numbers, ascending from 0. DataError if it is damaged or too short.
+    """The samples of a shard with these numbers, which ascend. DataError if it is damaged or too short.
 
     If the last sample is read, the shard must not hold more than `length`. retry() continues after the samples already
     read when a connection breaks.
@@ -1292,33 +1305,26 @@ def watch_run(ended):
 
 # ---------------------------------------------------------------------------- the position, resuming
 
-WORDS = {  # for ShardDataset.options
-    "world_size": "{} ranks",
-    "workers": "{} workers per rank",
-    "batch_size": "batches of {} per rank",
-    "shuffle": "--shuffle {}",
-    "seed": "--seed {}",
-}
-
 
 def samples_left(lengths, epoch, runs):
     """For each shard, the numbers of the samples that are left for the last of an epoch's runs: ranges or lists.
 
-    runs: [(first step, options)]. The options of a run and its number of steps determine which samples it has used:
-    this runs the same stages over numbers, without reading, for all of its ranks and workers.
+    runs: [(first step, options)]; resuming with the same options does not start another run. The options of a run and
+    its number of steps determine which samples it has used: this runs the same stages over numbers, without reading,
+    for all of its ranks and workers.
     """
     left = [range(length) for length in lengths]
-    for (first_step, run), (end, _) in itertools.pairwise(runs):
+    for (start, options), (end, _) in itertools.pairwise(runs):
         used = [bytearray(length) for length in lengths]  # for each sample, whether the run has used it
-        world_size = run["world_size"]
-        workers = max(run["workers"], 1)
-        for rank, worker in itertools.product(range(world_size), range(workers)):
-            pieces = plan(left, run["batch_size"], rank, world_size, run["seed"], epoch, worker, workers)
+        ranks = options["ranks"]
+        workers = max(options["workers"], 1)
+        batch_size = options["batch_size"]
+        seed = options["seed"]
+        for rank, worker in itertools.product(range(ranks), range(workers)):
+            pieces = plan(left, batch_size, rank, ranks, seed, epoch, worker, workers)
             samples = ((shard, number) for shard, numbers in pieces for number in numbers)
-            rng = shuffle_rng(run["seed"], epoch, rank, worker)
-            shuffled = wds.shuffle(run["shuffle"], rng=rng)(samples)
-            steps = len(range(first_step + worker, end, workers))
-            for shard, number in itertools.islice(shuffled, steps * run["batch_size"]):
+            shuffled = wds.shuffle(options["shuffle"], rng=shuffle_rng(seed, epoch, rank, worker))(samples)
+            for shard, number in itertools.islice(shuffled, batch_size * steps_of(worker, workers, end - start)):
                 used[shard][number] = True
         for shard, flags in enumerate(used):
             if any(flags):
@@ -1328,19 +1334,23 @@ def samples_left(lengths, epoch, runs):
 
 def choose_seed(args, checkpoint):
     """The seed of the order and the augmentation: --seed, else that of the position to resume at, else a random one."""
-    drawn = [random.SystemRandom().getrandbits(31)] * args.world_size
-    if args.distributed:
-        dist.all_gather_object(drawn, drawn[0])  # that of rank 0 is taken
     if args.seed is not None:
         return args.seed
+    seed = random.SystemRandom().getrandbits(31)
     runs = checkpoint.get("position", {}).get("runs")
-    return runs[-1][1]["seed"] if runs else drawn[0]
+    if runs:
+        _, options = runs[-1]
+        seed = options["seed"]
+    seeds = [seed] * args.world_size
+    if args.distributed:
+        dist.all_gather_object(seeds, seed)
+    return seeds[0]  # that of rank 0
 
 
 def resume(args, dataset, checkpoint):
     """Let the training dataset continue at the position of the checkpoint, if it has one."""
-    position = checkpoint.get("position")
-    if not position or args.start_epoch is not None:
+    position = checkpoint.get("position", {})
+    if not position.get("step") or args.start_epoch is not None:
         return
     epoch = checkpoint["epoch"]
     if not isinstance(dataset, ShardDataset):
@@ -1354,7 +1364,7 @@ def resume(args, dataset, checkpoint):
     changes = []
     for name, value in dataset.options.items():
         if value != earlier[name]:
-            changes.append(f"{WORDS[name].format(value)}, not {earlier[name]}")
+            changes.append(f"{name.replace('_', ' ')} {value}, not {earlier[name]}")
     if changes:
         say(args, f"=> the rest of epoch {epoch} is divided anew ({'; '.join(changes)})")
 
@@ -1372,7 +1382,7 @@ class RunLoader:
             resume(run.args, loader.dataset, checkpoint)
         of_shards = isinstance(loader.dataset, ShardDataset)
         self.keeps_position = of_shards and checkpoint is not None
-        self.contents = loader.dataset.position if of_shards else len(loader.dataset)
+        self.contents = loader.dataset.checksum if of_shards else len(loader.dataset)
 
     def __len__(self):
         return len(self.loader)

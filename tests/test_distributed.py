@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 
 import pytest
 import torch
@@ -205,18 +204,6 @@ def test_nodes_with_different_shards(start, shards, tmp_path):
     args_of_nodes = [[*SMALL_RUN, "--shards", folder] for folder in (shards, other)]
     for line in errors_of_nodes(start, "main-wds.py", tmp_path, *args_of_nodes):
         assert line.startswith("data is [")
-
-
-def test_nodes_at_different_positions(start, shards, tmp_path):
-    args = [*SMALL_RUN, "--shards", shards]
-    stopped = start(*args, instrument="record", env={"HOLD_AT": 3}).until("^Epoch", count=3).kill(signal.SIGTERM)
-    stopped.finish(status=128 + signal.SIGTERM, lines=1)
-    state = checkpoint(tmp_path)
-    state["position"]["step"] = 2
-    torch.save(state, tmp_path / "other.tar")
-    args_of_nodes = [[*args, "--resume", tmp_path / name] for name in ("checkpoint.pth.tar", "other.tar")]
-    for line in errors_of_nodes(start, "main-wds.py", tmp_path, *args_of_nodes):
-        assert line.startswith("data is [") and "'step': 2" in line and "'step': 3" in line
 
 
 def test_nodes_with_different_checkpoints(start, shards, tmp_path):

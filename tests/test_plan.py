@@ -136,7 +136,7 @@ def test_each_seed_and_epoch_has_its_own_order():
 
 OPTIONS = st.fixed_dictionaries(
     {
-        "world_size": st.integers(1, 4),
+        "ranks": st.integers(1, 4),
         "workers": st.integers(0, 3),
         "batch_size": st.integers(1, 20),
         "shuffle": st.sampled_from([0, 1, 2, 7, 30, 1000]),
@@ -159,36 +159,35 @@ def no_files():
         yield
 
 
-def dataset_of_rank(lengths, rank, options):
+def dataset_of_rank(lengths, rank, ranks, **options):
     urls = list(itertools.accumulate(lengths, initial=0))
-    return main_wds.ShardDataset(
-        urls, lengths, "these shards", lambda _: main_wds.torch.tensor(0), rank=rank, **options
-    )
+    transform = lambda _: main_wds.torch.tensor(0)  # noqa: E731
+    return main_wds.ShardDataset(urls, lengths, "", transform, rank=rank, world_size=ranks, **options)
 
 
 def batches_of(dataset):
     """The batches from the dataset's position on, as lists of sample numbers: those of its workers in turn."""
     workers = dataset.workers
-    iterators = []
+    infos = [SimpleNamespace(id=worker, num_workers=workers) for worker in range(workers)] or [None]
+    iterators = [iter(dataset) for _ in infos]
     with pytest.MonkeyPatch.context() as patch:
-        for worker in range(max(workers, 1)):
-            info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
-            patch.setattr(main_wds, "get_worker_info", lambda info=info: info)
-            iterators.append(iter(dataset))
-    for iterator in itertools.cycle(iterators):
-        batch = next(iterator, None)
-        if batch is None:
-            break
-        yield batch[1].tolist()
-    assert all(next(iterator, None) is None for iterator in iterators), "a worker had batches left after its last turn"
+        for worker in itertools.cycle(range(len(infos))):
+            patch.setattr(main_wds, "get_worker_info", lambda worker=worker: infos[worker])
+            batch = next(iterators[worker], None)
+            if batch is None:
+                break
+            yield batch[1].tolist()
+        for worker, iterator in enumerate(iterators):
+            patch.setattr(main_wds, "get_worker_info", lambda worker=worker: infos[worker])
+            assert next(iterator, None) is None, "a worker had batches left after its last turn"
 
 
 def run(lengths, epoch, options, steps, position):
     """(for each rank its batches, the position after that many steps or at the end of the epoch)."""
     by_rank = []
     ends = []
-    for rank in range(options["world_size"]):
-        dataset = dataset_of_rank(lengths, rank, options)
+    for rank in range(options["ranks"]):
+        dataset = dataset_of_rank(lengths, rank, **options)
         dataset.set_epoch(epoch)
         if position:
             dataset.load_state_dict(position)
@@ -218,10 +217,10 @@ def test_epoch_of_several_runs(lengths, epoch, runs):
         assert all(size == options["batch_size"] for size in sizes[0][:-1])
         numbers.update(itertools.chain(*itertools.chain(*by_rank)))
     assert numbers.keys() == set(range(sum(lengths)))
-    assert numbers.total() - len(numbers) <= sum(options["world_size"] - 1 for _, options in position["runs"])
+    assert numbers.total() - len(numbers) <= sum(options["ranks"] - 1 for _, options in position["runs"])
     assert len(position["runs"]) <= len(runs)
     options, _ = runs[0]
-    assert run(lengths, epoch, options, sum(lengths), position)[0] == [[]] * options["world_size"]  # nothing is left
+    assert run(lengths, epoch, options, sum(lengths), position)[0] == [[]] * options["ranks"]  # nothing is left
 
 
 @settings(many_examples, max_examples=200)

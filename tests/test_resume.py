@@ -376,6 +376,21 @@ def test_resume_without_seed(start, shards, tmp_path):
     assert batches(tmp_path / "first") == batches(tmp_path / "seeded")
 
 
+def test_resume_after_a_change_of_the_seed(start, shards, late_run, tmp_path):
+    """Without --seed, the one of the last run is kept."""
+    at = SMALL_RUN.index("--seed")
+    args = [*SMALL_RUN[:at], *SMALL_RUN[at + 2 :], "--epochs", 1, "--shards", shards]
+    path = late_run / "checkpoint.pth.tar"
+    start(*args, "--seed", 2, "--resume", path, cwd=tmp_path / "whole", instrument="record").finish()
+    stopped = start(
+        *args, "--seed", 2, "--resume", path, cwd=tmp_path / "stopped", instrument="record", env={"HOLD_AT": 2}
+    )
+    stop_position(stopped.until("^Epoch", count=2).kill(signal.SIGTERM), signal.SIGTERM)
+    out, _ = start(*args, *RESUME, cwd=tmp_path / "stopped", instrument="record").finish()
+    assert "anew" not in out
+    assert batches(tmp_path / "stopped") == batches(tmp_path / "whole")
+
+
 def test_checkpoint_steps(start, shards, unbroken, tmp_path):
     """After kill -9, --resume continues from the last of these checkpoints. The killed run's workers end."""
     args = [*SMALL_RUN, "--shards", shards, "--checkpoint-steps", 3]
@@ -602,12 +617,12 @@ def stopped_run(shards, tmp_path_factory):
 
 
 OTHER_OPTIONS = {  # options, the change that is reported, and the number of steps then: 26 of 78 samples are left
-    "no workers": (["-j", 0], "0 workers per rank, not 2", 20),
-    "five workers": (["-j", 5], "5 workers per rank, not 2", 20),
-    "batch size": (["-b", 6], "batches of 6 per rank, not 4", 13 + 5),
-    "shuffle": (["--shuffle", 7], "--shuffle 7, not 1000", 20),
-    "seed": (["--seed", 2], "--seed 2, not 1", 20),
-    "two ranks": (["-b", 10, "-j", 4], "2 ranks, not 1; batches of 5 per rank, not 4", 13 + 3),
+    "no workers": (["-j", 0], "workers 0, not 2", 20),
+    "five workers": (["-j", 5], "workers 5, not 2", 20),
+    "batch size": (["-b", 6], "batch size 6, not 4", 13 + 5),
+    "shuffle": (["--shuffle", 7], "shuffle 7, not 1000", 20),
+    "seed": (["--seed", 2], "seed 2, not 1", 20),
+    "two ranks": (["-b", 10, "-j", 4], "ranks 2, not 1; batch size 5, not 4", 13 + 3),
 }
 
 
@@ -671,12 +686,14 @@ def test_epoch_on_one_cluster_after_the_other(start, shards, tmp_path):
             used += batches(node.cwd, rank)
         resume = ["--resume", tmp_path / name / "0/checkpoint.pth.tar"]
         outputs.append(runs[0].output())
-    changes = "3 ranks, not 2; 1 workers per rank, not 2; batches of 5 per rank, not 4; --shuffle 8, not 1000"
+    changes = "ranks 3, not 2; workers 1, not 2; batch size 5, not 4; shuffle 8, not 1000"
     assert f"=> the rest of epoch 0 is divided anew ({changes})\n" in outputs[1]
 
     args += ["-b", 4, "-j", 0]
     whole = start(*args, *resume, cwd=tmp_path / "whole", instrument="record")
     out, _ = whole.finish()
+    changes = "ranks 1, not 3; workers 0, not 1; batch size 4, not 5; shuffle 1000, not 8"
+    assert f"=> the rest of epoch 0 is divided anew ({changes})\n" in out
     seen = batches(whole.cwd)
     rest = len(seen) - STEPS  # of the first epoch
     assert re.findall(r"^Epoch: \[0\]\[ *(\d+)/(\d+)\]", out, re.M) == [
@@ -709,6 +726,9 @@ def test_nothing_is_left_of_the_epoch(start, hold, shards, tmp_path):
     assert samples_of([*batches(tmp_path)[STEPS:], *batches(tmp_path, 1)]) == list(range(sum(TRAIN)))
 
 
+OTHER_SHARDS = "the position was saved with other shards, or by an earlier version"
+
+
 def test_other_shards_are_refused(start, shards, stopped_run, tmp_path):
     """The message names the way out."""
     folder, epoch, _ = stopped_run
@@ -716,7 +736,7 @@ def test_other_shards_are_refused(start, shards, stopped_run, tmp_path):
     path = folder / "checkpoint.pth.tar"
     _, (line,) = start(*SMALL_RUN, "--shards", other, "--resume", path).finish(status=2, lines=1)
     way_out = f"restart the epoch with --start-epoch {epoch}"
-    assert line == f"main-wds.py: --resume {path}: the position was saved with other shards; {way_out}"
+    assert line == f"main-wds.py: --resume {path}: {OTHER_SHARDS}; {way_out}"
 
 
 def test_shards_with_another_seed_are_refused(start, small, tmp_path):
@@ -728,7 +748,7 @@ def test_shards_with_another_seed_are_refused(start, small, tmp_path):
     stopped = start(*SMALL_RUN, "--shards", small / "shards", instrument="record", env={"HOLD_AT": 2})
     stop_position(stopped.until("^Epoch", count=2).kill(signal.SIGTERM), signal.SIGTERM)
     _, (line,) = start(*SMALL_RUN, "--shards", other, *RESUME).finish(status=2, lines=1)
-    assert "the position was saved with other shards" in line
+    assert OTHER_SHARDS in line
     args_of_nodes = [[*SMALL_RUN, "--shards", folder] for folder in (small / "shards", other)]
     for node in start_nodes(start, "main-wds.py", tmp_path / "nodes", *args_of_nodes):
         _, (line,) = node.finish(status=2, lines=1)
@@ -738,10 +758,12 @@ def test_shards_with_another_seed_are_refused(start, small, tmp_path):
 def test_position_of_an_earlier_version_is_refused(start, shards, stopped_run, tmp_path):
     folder, _, _ = stopped_run
     state = checkpoint(folder)
-    state["position"] = {"step": 2, "seed": 1, "shards": [1, 2], "shuffle": 1000, "world_size": 1, "batch_size": 4}
+    position = state["position"]
+    del position["runs"]
+    position |= {"seed": 1, "shuffle": 1000, "world_size": 1, "workers": 2, "batch_size": 4}
     torch.save(state, tmp_path / "checkpoint.pth.tar")
     _, (line,) = start(*SMALL_RUN, "--shards", shards, *RESUME).finish(status=2, lines=1)
-    assert "the position was saved by an earlier version; restart the epoch with --start-epoch 1" in line
+    assert f"{OTHER_SHARDS}; restart the epoch with --start-epoch 1" in line
 
 
 def test_resume_with_moved_shards_and_other_epochs(start, stopped_run, tmp_path):

@@ -216,6 +216,9 @@ def test_position_of_a_complete_epoch(tmp_path):
         loader = loader_of(["missing.tar"] * len(urls), lengths, as_uint8, batch_size, 2)
         loader.dataset.load_state_dict(end)
         assert list(loader) == [] and len(loader) == 12
+        with pytest.raises(DataError, match="the rest of epoch 0 has been read") as error:
+            list(loader)
+        ERRORS.append(error)
         loader.dataset.set_epoch(1)
         assert len(loader) == math.ceil(47 / batch_size)
         with pytest.raises(DataError, match="missing") as error:
@@ -223,14 +226,19 @@ def test_position_of_a_complete_epoch(tmp_path):
         ERRORS.append(error)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_position_after_the_first_iteration(workers, tmp_path):
-    """Persistent workers would not see it."""
+def test_position_after_the_first_iteration(tmp_path):
+    """Persistent workers do not see it, which is an error. Without workers, it can be loaded at any time."""
     urls, lengths = urls_and_lengths(write_shards(tmp_path, train=TRAIN))
-    loader = loader_of(urls, lengths, as_uint8, 4, workers)
-    list(loader)
-    with pytest.raises(DataError, match="before the first iteration"):
+    for workers in (0, 2):
+        loader = loader_of(urls, lengths, as_uint8, 4, workers)
+        assert len(list(loader)) == 12
         loader.dataset.load_state_dict(loader.dataset.state_dict(3))
+        if workers:
+            with pytest.raises(DataError, match="before the DataLoader's workers start") as error:
+                list(loader)
+            ERRORS.append(error)
+        else:
+            assert len(list(loader)) == 9
 
 
 @pytest.mark.parametrize("workers", [0, 2])
