@@ -766,6 +766,19 @@ def test_position_of_an_earlier_version_is_refused(start, shards, stopped_run, t
     assert f"{OTHER_SHARDS}; restart the epoch with --start-epoch 1" in line
 
 
+def test_position_before_the_first_step(start, stopped_run, tmp_path):
+    """A signal during validation may stop several ranks only then. All of the epoch is left, so it needs no shards."""
+    folder, epoch, _ = stopped_run
+    shards = write_shards(tmp_path / "other", noise, train=[12], validation=[4])
+    state = checkpoint(folder)
+    state["position"]["step"] = 0
+    torch.save(state, tmp_path / "checkpoint.pth.tar")
+    out, _ = start(*SMALL_RUN, "--epochs", epoch + 1, "-j", 1, "--shards", shards, *RESUME).finish()
+    assert "anew" not in out and re.findall(r"^Epoch: \[(\d)\]\[(\d)/3\]", out, re.M) == [
+        (str(epoch), step) for step in "123"
+    ]
+
+
 def test_resume_with_moved_shards_and_other_epochs(start, stopped_run, tmp_path):
     """The printed steps continue, and the epoch's samples come once over both runs."""
     folder, epoch, step = stopped_run
