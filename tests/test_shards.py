@@ -239,6 +239,8 @@ def test_position_after_the_first_iteration(tmp_path):
             ERRORS.append(error)
         else:
             assert len(list(loader)) == 9
+            loader.dataset.load_state_dict(loader.dataset.state_dict(4))
+            assert len(list(loader)) == 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])
