@@ -697,10 +697,9 @@ class ShardDataset(IterableDataset):
         start, _ = position["runs"][-1]
         steps_before = position["step"] - start  # those that this run took before it was resumed
         worker, workers = worker_at(steps_before, self.workers)
-        if position is self.loaded:
-            if self.begun[worker]:
-                fail(f"the rest of epoch {epoch} has been read: call set_epoch() with the next one")
-            self.begun[worker] = True
+        if position is self.loaded and self.begun[worker]:
+            fail(f"the rest of epoch {epoch} has been read: call set_epoch() with the next one")
+        self.begun[worker] = True
         if position["step"] == len(self):  # only validation is left
             return
         dropped = self.batch_size * steps_of(worker, workers, steps_before)
@@ -755,19 +754,16 @@ class ShardDataset(IterableDataset):
             "shuffle": self.shuffle,
             "seed": self.seed,
         }
-        self.loaded = {}  # a position, and what is left there
-        self.left = []
-        self.loads = 0
-        self.current = torch.tensor([0, 0]).share_memory_()  # epoch, and which load is in it, if any
-        self.begun = torch.zeros(max(workers, 1)).share_memory_()  # for each worker, whether it has read what was left
+        self.loaded = {}  # a position
+        self.left = []  # the numbers of the samples that are left there
+        self.current = torch.tensor([0, False]).share_memory_()  # epoch, whether it continues at the loaded position
+        self.begun = torch.zeros(max(workers, 1)).share_memory_()  # for each worker, whether it has read anything
 
     @property
     def position(self):
         """Where the next iteration starts; see samples_left() for its `runs`."""
-        epoch, load = self.current.tolist()
-        if load:
-            if load != self.loads:  # in a worker's copy of this object
-                fail("load_state_dict() must be called before the DataLoader's workers start")
+        epoch, is_loaded = self.current.tolist()
+        if is_loaded:
             return self.loaded
         return {"epoch": epoch, "step": 0, "shards": self.checksum, "runs": [(0, self.options)]}
 
@@ -786,7 +782,7 @@ class ShardDataset(IterableDataset):
     def set_epoch(self, epoch):
         """Call it before each epoch. All of it is read or, if a position in it has been loaded, what is left."""
         if epoch != self.current[0]:
-            self.current[:] = torch.tensor([epoch, 0])
+            self.current[:] = torch.tensor([epoch, False])
 
     def state_dict(self, step):
         """The position after this step of the epoch: a small dict for a checkpoint."""
@@ -795,8 +791,11 @@ class ShardDataset(IterableDataset):
     def load_state_dict(self, position):
         """Continue at a position. If it was saved with other options, what is left of its epoch is divided anew.
 
-        Call it on all ranks, before the DataLoader's workers start. DataError if the position is one in other shards.
+        Call it once, on all ranks, before the first iteration: running workers would not see it. DataError if the
+        position is one in other shards.
         """
+        if self.loaded or self.begun.any():
+            fail("load_state_dict() must be called once, before the first iteration")
         if position["shards"] != self.checksum or "runs" not in position:
             fail("the position was saved with other shards, or by an earlier version")
         runs = position["runs"]
@@ -805,9 +804,7 @@ class ShardDataset(IterableDataset):
             runs = [*runs, (position["step"], self.options)]
         self.loaded = {**position, "runs": runs}
         self.left = samples_left(self.lengths, position["epoch"], runs)
-        self.loads += 1
-        self.current[:] = torch.tensor([position["epoch"], self.loads])
-        self.begun.zero_()
+        self.current[:] = torch.tensor([position["epoch"], True])
 
 
 def worker_at(steps, workers):
