@@ -690,33 +690,31 @@ def accuracy(output, target, topk=(1,)):
 class ShardDataset(IterableDataset):
     """The (images, target) batches of one rank. Each worker of its DataLoader runs the pipeline for a part of them."""
 
-    def __iter__(self):
-        """A worker's batches of an epoch. The attributes are explained in __init__()."""
-        position = self.position
-        epoch = position["epoch"]
-        start, _ = position["runs"][-1]
-        steps_before = position["step"] - start  # those that this run took before it was resumed
-        worker, workers = worker_at(steps_before, self.workers)
-        if position is self.loaded and self.begun[worker]:
-            fail(f"the rest of epoch {epoch} has been read: call set_epoch() with the next one")
-        self.begun[worker] = True
-        if position["step"] == len(self):  # only validation is left
-            return
-        dropped = self.batch_size * steps_of(worker, workers, steps_before)
+    def pipeline(self, epoch, worker, workers, earlier_steps):
+        """A worker's batches of an epoch, after its earlier steps. The attributes are explained in __init__()."""
         rng = shuffle_rng(self.seed, epoch, self.rank, worker)
         if self.reuse_memory:
             batched = batched_in_place(self.batch_size)
         else:
             batched = wds.batched(self.batch_size, collation_fn=default_collate)
-        pipeline = wds.DataPipeline(
-            functools.partial(self.pieces, position, worker, workers),  # 1. (shard, numbers): which samples to read
+        return wds.DataPipeline(
+            functools.partial(self.pieces, epoch, worker, workers),  # 1. (shard, numbers): which samples to read
             read_shards(self.urls, self.lengths),  # 2. {"__key__": "n1", "jpg": b"...", "cls": b"0"}
             wds.shuffle(self.shuffle, rng=rng),  # 3. the same, shuffled in a buffer
-            wds.slice(dropped, None),  # 4. after a resume: those of the steps that are left
+            wds.slice(earlier_steps * self.batch_size, None),  # 4. after a resume: drops those of earlier steps
             decode_samples(self.transform, f"{self.seed} {epoch}"),  # 5. (image, class)
             batched,  # 6. (images, target)
         )
-        yield from pipeline
+
+    def __iter__(self):
+        """In a worker: its batches, from the position on."""
+        epoch, start, step = self.current.tolist()
+        worker, workers = worker_at(step - start, self.workers)
+        if step and self.finished[worker]:
+            fail(f"the rest of epoch {epoch} has been read: call set_epoch() with the next one")
+        if step < len(self):  # else only validation is left
+            yield from self.pipeline(epoch, worker, workers, steps_of(worker, workers, step - start))
+        self.finished[worker] = True
 
     def __init__(
         self, urls, lengths, checksum, transform, batch_size, rank=0, world_size=1, workers=0, shuffle=1000, seed=0,
@@ -754,63 +752,62 @@ class ShardDataset(IterableDataset):
             "shuffle": self.shuffle,
             "seed": self.seed,
         }
-        self.loaded = {}  # a position
-        self.left = []  # the numbers of the samples that are left there
-        self.current = torch.tensor([0, False]).share_memory_()  # epoch, whether it continues at the loaded position
-        self.begun = torch.zeros(max(workers, 1)).share_memory_()  # for each worker, whether it has read anything
+        self.runs = [(0, self.options)]  # of this epoch: see used_samples()
+        # shared with the workers, which may run already:
+        self.current = torch.tensor([0, 0, 0]).share_memory_()  # epoch, first step of its last run, first step to make
+        self.used = torch.zeros(sum(lengths), dtype=torch.bool).share_memory_()  # for each sample, in earlier runs
+        self.finished = torch.zeros(max(workers, 1), dtype=torch.bool).share_memory_()  # for each worker
 
     @property
     def position(self):
-        """Where the next iteration starts; see samples_left() for its `runs`."""
-        epoch, is_loaded = self.current.tolist()
-        if is_loaded:
-            return self.loaded
-        return {"epoch": epoch, "step": 0, "shards": self.checksum, "runs": [(0, self.options)]}
+        """Where the next iteration starts."""
+        epoch, _, step = self.current.tolist()
+        return {"epoch": epoch, "step": step, "shards": self.checksum, "runs": self.runs}
 
-    def pieces(self, position, worker=0, workers=1):
+    def pieces(self, epoch, worker=0, workers=1):
         """plan() for this rank; by default, as if one worker read all of it."""
-        samples = self.left if position is self.loaded else [range(length) for length in self.lengths]
-        epoch = position["epoch"]
+        samples = samples_left(self.lengths, self.used)
         return plan(samples, self.batch_size, self.rank, self.world_size, self.seed, epoch, worker, workers)
 
     def __len__(self):
         """The number of batches of the epoch, including those before the position."""
-        position = self.position
-        start, _ = position["runs"][-1]
-        return start + math.ceil(sum(len(numbers) for _, numbers in self.pieces(position)) / self.batch_size)
+        epoch, start, _ = self.current.tolist()
+        return start + math.ceil(sum(len(numbers) for _, numbers in self.pieces(epoch)) / self.batch_size)
 
     def set_epoch(self, epoch):
-        """Call it before each epoch. All of it is read or, if a position in it has been loaded, what is left."""
+        """Call it before each epoch. That of a loaded position continues there; any other begins at its first step."""
         if epoch != self.current[0]:
-            self.current[:] = torch.tensor([epoch, False])
+            self.runs = [(0, self.options)]
+            self.current[:] = torch.tensor([epoch, 0, 0])
+            self.used.zero_()
+            self.finished.zero_()
 
     def state_dict(self, step):
         """The position after this step of the epoch: a small dict for a checkpoint."""
         return {**self.position, "step": step}
 
     def load_state_dict(self, position):
-        """Continue at a position. If it was saved with other options, what is left of its epoch is divided anew.
+        """The next iteration continues at this position. DataError if it is one in other shards.
 
-        Call it once, on all ranks, before the first iteration: running workers would not see it. DataError if the
-        position is one in other shards.
+        If it was saved with other options, what is left of its epoch is divided anew. All ranks must load it.
         """
-        if self.loaded or self.begun.any():
-            fail("load_state_dict() must be called once, before the first iteration")
         if position["shards"] != self.checksum or "runs" not in position:
             fail("the position was saved with other shards, or by an earlier version")
         runs = position["runs"]
         _, options = runs[-1]
         if options != self.options:
             runs = [*runs, (position["step"], self.options)]
-        self.loaded = {**position, "runs": runs}
-        self.left = samples_left(self.lengths, position["epoch"], runs)
-        self.current[:] = torch.tensor([position["epoch"], True])
+        start, _ = runs[-1]
+        self.runs = runs
+        self.current[:] = torch.tensor([position["epoch"], start, position["step"]])
+        self.used[:] = used_samples(self.lengths, position["epoch"], runs)
+        self.finished.zero_()
 
 
 def worker_at(steps, workers):
-    """(worker, workers) for plan(): the worker that this process is, in a run that has taken this number of steps.
+    """(worker, workers) for plan(): the part of a run that this process continues, after this number of its steps.
 
-    The DataLoader always starts with its worker 0, which may not be the one whose turn it is.
+    The DataLoader asks its worker 0 first; after a resume, that one takes the part whose turn it is.
     """
     info = get_worker_info()
     number = info.num_workers if info else 0
@@ -1303,45 +1300,51 @@ def watch_run(ended):
 # ---------------------------------------------------------------------------- the position, resuming
 
 
-def samples_left(lengths, epoch, runs):
-    """For each shard, the numbers of the samples that are left for the last of an epoch's runs: ranges or lists.
+def used_samples(lengths, epoch, runs):
+    """bool (samples of all shards): those that all but the last of an epoch's runs have used.
 
     runs: [(first step, options)]; resuming with the same options does not start another run. The options of a run and
     its number of steps determine which samples it has used: this runs the same stages over numbers, without reading,
     for all of its ranks and workers.
     """
-    left = [range(length) for length in lengths]
+    offsets = list(itertools.accumulate(lengths, initial=0))
+    used = bytearray(sum(lengths))
     for (start, options), (end, _) in itertools.pairwise(runs):
-        used = [bytearray(length) for length in lengths]  # for each sample, whether the run has used it
+        left = samples_left(lengths, torch.frombuffer(used, dtype=torch.bool))
         ranks = options["ranks"]
         workers = max(options["workers"], 1)
         batch_size = options["batch_size"]
         seed = options["seed"]
         for rank, worker in itertools.product(range(ranks), range(workers)):
             pieces = plan(left, batch_size, rank, ranks, seed, epoch, worker, workers)
-            samples = ((shard, number) for shard, numbers in pieces for number in numbers)
+            samples = (offsets[shard] + number for shard, numbers in pieces for number in numbers)
             shuffled = wds.shuffle(options["shuffle"], rng=shuffle_rng(seed, epoch, rank, worker))(samples)
-            for shard, number in itertools.islice(shuffled, batch_size * steps_of(worker, workers, end - start)):
-                used[shard][number] = True
-        for shard, flags in enumerate(used):
-            if any(flags):
-                left[shard] = [number for number in left[shard] if not flags[number]]
+            for sample in itertools.islice(shuffled, batch_size * steps_of(worker, workers, end - start)):
+                used[sample] = True
+    return torch.frombuffer(used, dtype=torch.bool)
+
+
+def samples_left(lengths, used):
+    """For each shard, the numbers of the samples that are not used: a list, or a range if it is the whole shard."""
+    left = []
+    for length, flags in zip(lengths, used.split(lengths), strict=True):
+        left.append((~flags).nonzero().flatten().tolist() if flags.any() else range(length))
     return left
 
 
 def choose_seed(args, checkpoint):
     """The seed of the order and the augmentation: --seed, else that of the position to resume at, else a random one."""
-    if args.seed is not None:
-        return args.seed
     seed = random.SystemRandom().getrandbits(31)
     runs = checkpoint.get("position", {}).get("runs")
     if runs:
         _, options = runs[-1]
         seed = options["seed"]
+    if args.seed is not None:
+        seed = args.seed
     seeds = [seed] * args.world_size
     if args.distributed:
         dist.all_gather_object(seeds, seed)
-    return seeds[0]  # that of rank 0
+    return seeds[0]  # that of rank 0; check_ranks_agree() compares --seed
 
 
 def resume(args, dataset, checkpoint):

@@ -177,6 +177,7 @@ def errors_of_nodes(start, script, tmp_path, *args_of_nodes):
     [
         ("main-orig.py", "-b", 4, "--batch-size is 8 on rank 0 but 4 on rank 1"),
         ("main-wds.py", "--lr", 1, "--lr is 0.1 on rank 0 but 1.0 on rank 1"),
+        ("main-wds.py", "--seed", 3, "--seed is None on rank 0 but 3 on rank 1"),
     ],
 )
 def test_nodes_with_different_options(script, option, value, expected, start, folders, shards, tmp_path):

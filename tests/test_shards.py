@@ -226,19 +226,23 @@ def test_position_of_a_complete_epoch(tmp_path):
         ERRORS.append(error)
 
 
-def test_position_is_loaded_too_late(tmp_path):
-    """Persistent workers would not see it."""
+def test_position_is_loaded_later(tmp_path):
+    """Workers that run already continue at the position. A loop may look at the first batch before the epoch."""
     urls, lengths = urls_and_lengths(write_shards(tmp_path, train=TRAIN))
     for workers in (0, 2):
         loader = loader_of(urls, lengths, as_uint8, 4, workers)
-        loader.dataset.load_state_dict(loader.dataset.state_dict(3))
-        with pytest.raises(DataError, match="once"):
-            loader.dataset.load_state_dict(loader.dataset.state_dict(4))
-        assert len(list(loader)) == 9
-        loader = loader_of(urls, lengths, as_uint8, 4, workers)
-        assert len(list(loader)) == 12
-        with pytest.raises(DataError, match="before the first iteration"):
-            loader.dataset.load_state_dict(loader.dataset.state_dict(3))
+        whole = [target.tolist() for _, target in loader]
+        for step in (3, 4):
+            loader.dataset.load_state_dict(loader.dataset.state_dict(step))
+            next(iter(loader))
+            assert [target.tolist() for _, target in loader] == whole[step:]
+        other = loader_of(urls, lengths, as_uint8, 5, workers)
+        next(iter(other))
+        other.dataset.load_state_dict(loader.dataset.state_dict(4))
+        rest = [target.tolist() for _, target in other]
+        assert len(other) == 4 + 7 and sorted(itertools.chain(*whole[:4], *rest)) == list(range(47))
+        other.dataset.set_epoch(1)
+        assert sorted(n for _, target in other for n in target.tolist()) == list(range(47))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
