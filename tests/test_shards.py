@@ -242,7 +242,12 @@ def test_position_is_loaded_later(tmp_path):
         rest = [target.tolist() for _, target in other]
         assert len(other) == 4 + 7 and sorted(itertools.chain(*whole[:4], *rest)) == list(range(47))
         other.dataset.set_epoch(1)
-        assert sorted(n for _, target in other for n in target.tolist()) == list(range(47))
+        whole = [target.tolist() for _, target in other]
+        assert sorted(itertools.chain(*whole)) == list(range(47))
+        third = loader_of(urls, lengths, as_uint8, 3, workers)
+        third.dataset.load_state_dict(other.dataset.state_dict(2))
+        rest = [target.tolist() for _, target in third]
+        assert sorted(itertools.chain(*whole[:2], *rest)) == list(range(47))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
