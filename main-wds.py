@@ -756,9 +756,7 @@ class ShardDataset(IterableDataset):
         # shared with the workers, which may run already:
         self.current = torch.tensor([0, 0, 0]).share_memory_()  # epoch, first step of its last run, first step to make
         self.used = torch.zeros(sum(lengths), dtype=torch.bool).share_memory_()  # for each sample, in earlier runs
-        self.finished = torch.zeros(
-            max(workers, 1), dtype=torch.bool
-        ).share_memory_()  # for each worker: its part was read
+        self.finished = torch.zeros(max(workers, 1), dtype=torch.bool).share_memory_()  # for each worker's part
 
     @property
     def position(self):
