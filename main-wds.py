@@ -725,7 +725,7 @@ class ShardDataset(IterableDataset):
         urls: paths, http(s) URLs or pipe: commands of the shards; lengths: the number of samples in each.
         checksum: any string that tells these shards from others; find_shards() returns one.
         transform: from the bytes of an image file to a tensor, of the same shape and dtype for all samples.
-        batch_size, workers: those of a rank. They must be the same on all ranks, like the two options that follow.
+        batch_size, workers: those of a rank. They must be the same on all ranks, as must shuffle and seed.
         shuffle: size of each worker's shuffle buffer, in samples. seed: an int, for the order and the augmentation.
         train: False, for validation, reads each sample exactly once and in order; ranks may get different numbers.
         reuse_memory: faster, but later batches overwrite the images: copy each batch before requesting the next, with
@@ -755,12 +755,12 @@ class ShardDataset(IterableDataset):
         self.runs = [(0, self.options)]  # of this epoch: see used_samples()
         # shared with the workers, which may run already:
         self.current = torch.tensor([0, 0, 0]).share_memory_()  # epoch, first step of its last run, first step to make
-        self.used = torch.zeros(sum(lengths), dtype=torch.bool).share_memory_()  # for each sample, in earlier runs
-        self.finished = torch.zeros(max(workers, 1), dtype=torch.bool).share_memory_()  # for each worker's part
+        self.used = torch.zeros(sum(lengths), dtype=torch.bool).share_memory_()  # samples that earlier runs have used
+        self.finished = torch.zeros(max(workers, 1), dtype=torch.bool).share_memory_()  # workers that have read all
 
     @property
     def position(self):
-        """Where the next iteration starts."""
+        """Where the next iteration starts: {"epoch", "step", "shards": checksum, "runs": see used_samples()}."""
         epoch, _, step = self.current.tolist()
         return {"epoch": epoch, "step": step, "shards": self.checksum, "runs": self.runs}
 
@@ -787,7 +787,7 @@ class ShardDataset(IterableDataset):
         return {**self.position, "step": step}
 
     def load_state_dict(self, position):
-        """The next iteration continues at this position. DataError if it is one in other shards.
+        """The next iteration continues at this position. DataError if it was saved with other shards.
 
         If it was saved with other options, what is left of its epoch is divided anew. All ranks must load it.
         """
@@ -876,7 +876,7 @@ def plan(samples, batch_size, rank, world_size, seed, epoch=0, worker=0, workers
     else:
         random.Random(f"{seed} {epoch}").shuffle(order)
         share = math.ceil(total / world_size)
-        first = rank * share % max(total, 1)
+        first = rank * share % max(total, 1)  # an earlier run may have left nothing
         end = first + share
     batches = math.ceil((end - first) / batch_size)
     for i in range(workers):
@@ -1301,7 +1301,7 @@ def watch_run(ended):
 
 
 def used_samples(lengths, epoch, runs):
-    """bool (samples of all shards): those that all but the last of an epoch's runs have used.
+    """Which samples an epoch's runs have used before the last of them: bool (N), for the N samples of all shards.
 
     runs: [(first step, options)]; resuming with the same options does not start another run. The options of a run and
     its number of steps determine which samples it has used: this runs the same stages over numbers, without reading,
@@ -1328,7 +1328,10 @@ def samples_left(lengths, used):
     """For each shard, the numbers of the samples that are not used: a list, or a range if it is the whole shard."""
     left = []
     for length, flags in zip(lengths, used.split(lengths), strict=True):
-        left.append((~flags).nonzero().flatten().tolist() if flags.any() else range(length))
+        numbers = range(length)
+        if flags.any():
+            numbers = (~flags).nonzero().flatten().tolist()
+        left.append(numbers)
     return left
 
 
@@ -1341,10 +1344,10 @@ def choose_seed(args, checkpoint):
         seed = options["seed"]
     if args.seed is not None:
         seed = args.seed
-    seeds = [seed] * args.world_size
+    seeds = [seed]
     if args.distributed:
-        dist.all_gather_object(seeds, seed)
-    return seeds[0]  # that of rank 0; check_ranks_agree() compares --seed
+        dist.broadcast_object_list(seeds, src=0)  # that of rank 0; check_ranks_agree() compares --seed
+    return seeds[0]
 
 
 def resume(args, dataset, checkpoint):

@@ -6,6 +6,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -159,10 +160,13 @@ def no_files():
         yield
 
 
+def no_image(_):
+    return torch.tensor(0)
+
+
 def dataset_of_rank(lengths, rank, ranks, **options):
     urls = list(itertools.accumulate(lengths, initial=0))
-    transform = lambda _: main_wds.torch.tensor(0)  # noqa: E731
-    return main_wds.ShardDataset(urls, lengths, "", transform, rank=rank, world_size=ranks, **options)
+    return main_wds.ShardDataset(urls, lengths, "", no_image, rank=rank, world_size=ranks, **options)
 
 
 def batches_of(dataset):

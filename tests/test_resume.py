@@ -767,7 +767,7 @@ def test_position_of_an_earlier_version_is_refused(start, shards, stopped_run, t
 
 
 def test_position_before_the_first_step(start, stopped_run, tmp_path):
-    """A signal during validation may stop several ranks only then. All of the epoch is left, so it needs no shards."""
+    """Several ranks may stop only there after a signal. All of the epoch is left, so other shards will do."""
     folder, epoch, _ = stopped_run
     shards = write_shards(tmp_path / "other", noise, train=[12], validation=[4])
     state = checkpoint(folder)
